@@ -1,0 +1,197 @@
+"""Checkpoints on disk or in a bucket: safetensors, which cannot run code when they are read.
+
+    FOLDER/learning_rate=0.001/seed=0/iteration=00000468.training.safetensors
+    FOLDER/learning_rate=0.001/seed=0/iteration=00000468.model.safetensors
+
+The weights are written last and whole (temporary name, fsync, rename; one object in a bucket), so a
+checkpoint exists exactly when its weights do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from distributed_stiffness.errors import StoreError
+
+METRICS = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One training run of a study."""
+
+    learning_rate: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"learning rate {self.learning_rate:g}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a checkpoint and what was measured when it was written."""
+
+    tensors: Mapping[str, Tensor]
+    metrics: Mapping[str, float]
+    sha256: str
+
+
+class Checkpoints:
+    """A folder of checkpoints, local or on any fsspec URL."""
+
+    def __init__(self, url: str | Path) -> None:
+        self.url = str(url)
+        self._fs, self._root = fsspec.core.url_to_fs(self.url)
+
+    def exists(self, run: TrainingRun, iteration: int) -> bool:
+        """Whether the checkpoint is complete."""
+        self._fs.invalidate_cache()
+        return bool(self._fs.exists(self._path(run, iteration, "model")))
+
+    def iterations(self, run: TrainingRun) -> list[int]:
+        """Return the complete checkpoints of a run, in order."""
+        self._fs.invalidate_cache()
+        folder = self._folder(run)
+        names = self._fs.ls(folder, detail=False) if self._fs.exists(folder) else []
+        stems = [Path(name).name for name in names if name.endswith(".model.safetensors")]
+        return sorted(int(stem.partition(".")[0].removeprefix("iteration=")) for stem in stems)
+
+    def save(
+        self,
+        run: TrainingRun,
+        iteration: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        metrics: Mapping[str, float],
+    ) -> None:
+        """Write weights, optimiser state, random state and metrics."""
+        tensors = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+        self._write(self._path(run, iteration, "training"), _training_state(optimizer), {})
+        self._write(
+            self._path(run, iteration, "model"),
+            tensors,
+            {"sha256": weights_hash(tensors), "metrics": json.dumps(dict(metrics))},
+        )
+
+    def load_weights(self, run: TrainingRun, iteration: int) -> Weights:
+        """Read the weights of a checkpoint.
+
+        Raises:
+            StoreError: the file is broken or not a checkpoint.
+        """
+        path = self._path(run, iteration, "model")
+        tensors, metadata = self._read(path)
+        if set(metadata) < {"sha256", "metrics"}:
+            raise StoreError(f"{path} is not a checkpoint of this program: its header has no hash")
+        if weights_hash(tensors) != metadata["sha256"]:
+            raise StoreError(f"{path} is damaged: its weights do not have the hash in its header;"
+                             " delete it, and training makes it again")  # fmt: skip
+        return Weights(tensors, json.loads(metadata["metrics"]), metadata["sha256"])
+
+    def restore(
+        self,
+        run: TrainingRun,
+        iteration: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """Put model, optimiser and random state back to where they were when it was saved."""
+        model.load_state_dict(dict(self.load_weights(run, iteration).tensors))
+        state, _ = self._read(self._path(run, iteration, "training"))
+        _restore_training_state(optimizer, state)
+
+    def delete(self, run: TrainingRun, iteration: int) -> None:
+        """Remove a checkpoint that was only kept to continue from."""
+        for part in ("model", "training"):
+            self._fs.rm_file(self._path(run, iteration, part))
+
+    def _folder(self, run: TrainingRun) -> str:
+        return f"{self._root}/learning_rate={run.learning_rate!r}/seed={run.seed}"
+
+    def _path(self, run: TrainingRun, iteration: int, part: str) -> str:
+        return f"{self._folder(run)}/iteration={iteration:08d}.{part}.safetensors"
+
+    def _write(
+        self, path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> None:
+        content = safetensors.torch.save(dict(tensors), dict(metadata))
+        try:
+            if "file" in self._fs.protocol:
+                write_durably(Path(path), content)
+            else:
+                self._fs.pipe_file(path, content)
+        except OSError as error:
+            raise StoreError(f"cannot write the checkpoint {path}: {error}") from error
+
+    def _read(self, path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        try:
+            content = self._fs.cat_file(path)
+            length = int.from_bytes(content[:8], "little")
+            header = json.loads(content[8 : 8 + length])
+            return safetensors.torch.load(content), header.get("__metadata__", {})
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise StoreError(f"cannot read the checkpoint {path}: {error}") from error
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a whole file: temporary name, fsync, rename. A reader sees all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def weights_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _training_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["random.cuda"] = torch.cuda.get_rng_state()
+    for index, entries in optimizer.state_dict()["state"].items():
+        for key, value in entries.items():
+            if value is not None:
+                state[f"optimizer.{index}.{key}"] = torch.as_tensor(value).cpu().clone()
+    return state
+
+
+def _restore_training_state(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]
+) -> None:
+    torch.set_rng_state(state["random.cpu"])
+    if torch.cuda.is_available() and "random.cuda" in state:
+        torch.cuda.set_rng_state(state["random.cuda"])
+    entries: dict[int, dict[str, Any]] = {}
+    for name, tensor in state.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            entries.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict(
+        {"state": entries, "param_groups": optimizer.state_dict()["param_groups"]}
+    )

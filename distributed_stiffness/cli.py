@@ -1,0 +1,344 @@
+"""The command line: parses options, calls the package. Thin.
+
+Exit codes: 0 done; 1 a mistake that the message explains, or a study that is not complete; 130
+interrupted (the store continues).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+import typer
+from rich.console import Console
+
+from distributed_stiffness.errors import StiffnessError, StudyError
+from distributed_stiffness.progress import Progress
+from distributed_stiffness.study import Data, Study, Training
+
+app = typer.Typer(
+    help="Stiffness of neural networks: all pairs, every checkpoint, on a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+DEMO = Study(
+    title="Demo: handwritten digits",
+    data=Data(name="digits"),
+    training=Training(learning_rates=(1e-4, 1e-3), epochs=100.0),
+)
+
+
+def main() -> None:
+    """Entry point of `stiffness`."""
+    run_app(app)
+
+
+def run_app(application: Callable[[], Any]) -> None:
+    """Run a command; print what a user can mend without a traceback."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        application()
+    except StiffnessError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("interrupted; what is done is kept: run the same command again to go on")
+        sys.exit(130)
+
+
+@app.command()
+def demo(
+    store: Annotated[str, typer.Option(help="Where results go.")] = "results/demo.zarr",
+    engine: Annotated[str, typer.Option(help="ray, or serial: this process alone.")] = "ray",
+) -> None:
+    """Train the paper's fully connected net on real digits and look at its stiffness.
+
+    Needs no network: the digits come with scikit-learn. Takes a minute or two on two cores.
+    """
+    compute_and_present(DEMO, _checked_run(store=store, engine=engine))
+
+
+@app.command()
+def run(
+    study: Annotated[Path, typer.Argument(help="A study file (JSON).")],
+    store: Annotated[str, typer.Option(help="Path or URL of the store.")],
+    data_dir: Annotated[str | None, typer.Option(help="Folder of data sets.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join.")] = None,
+) -> None:
+    """Run a study file, as a store keeps it in its attribute `study`."""
+    try:
+        text = study.read_text()
+    except OSError as error:
+        raise StudyError(f"cannot read the study file {study}: {error}") from error
+    chosen = build_study(lambda: Study.model_validate_json(text))
+    compute_and_present(chosen, _checked_run(store=store, data_directory=data_dir, address=address))
+
+
+@app.command()
+def report(
+    store: Annotated[str, typer.Argument(help="Path or URL of a store.")],
+    folder: Annotated[
+        Path | None, typer.Option(help="Where figures and report go; default: beside the store.")
+    ] = None,
+) -> None:
+    """Draw the figures of a store and write its report."""
+    from distributed_stiffness.report import present
+
+    with Progress() as progress:
+        _say(present(store, folder or beside(store), progress))
+
+
+def job(study: Study, *, store: str, description: str | None) -> None:
+    """Run a job script: its study's fields are the defaults of the command line."""
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    training, data = study.training, study.data
+
+    @command.command(help=description)
+    def _job(
+        data_dir: Annotated[
+            str | None,
+            typer.Option(
+                help="Folder of data sets; default: $STIFFNESS_DATA_DIR, else a cache folder in"
+                " your home."
+            ),
+        ] = None,
+        download: Annotated[bool, typer.Option(help="Download what is missing.")] = True,
+        accept_unverified_data: Annotated[
+            bool,
+            typer.Option(
+                "--accept-unverified-data",
+                help="Read files whose checksums are not the published ones, after checking"
+                " shapes, ranges, counts and names; the store says so.",
+            ),
+        ] = data.accept_unverified,
+        store: Annotated[
+            str, typer.Option(help="Store of the results: a path, or a URL such as s3://…")
+        ] = store,
+        checkpoints: Annotated[
+            str | None, typer.Option(help="Folder or URL of checkpoints; default: beside the store.")
+        ] = None,
+        figures: Annotated[
+            Path | None, typer.Option(help="Folder of figures and report; default: beside the store.")
+        ] = None,
+        model: Annotated[
+            str,
+            typer.Option(help="fully_connected, cnn, resnet20, resnet18 or package.module:factory."),
+        ] = study.model.name,
+        model_option: Annotated[
+            list[str] | None,
+            typer.Option(help="NAME=VALUE for the model, such as normalisation=batch; repeatable."),
+        ] = None,
+        learning_rates: Annotated[
+            str, typer.Option(help="Comma-separated; one training run each.")
+        ] = _join(training.learning_rates),
+        seed: Annotated[
+            str, typer.Option(help="Training seeds, comma-separated; one training run each.")
+        ] = _join(training.seeds),
+        iterations: Annotated[
+            str | None,
+            typer.Option(
+                help="Optimiser steps whose checkpoints are looked at, comma-separated and"
+                " ascending; default: four stages up to --epochs."
+            ),
+        ] = _join(training.iterations) if training.iterations else None,
+        epochs: Annotated[
+            float, typer.Option(help="How long to train, where --iterations is not given.")
+        ] = training.epochs,
+        batch_size: Annotated[int, typer.Option(help="Training batch.")] = training.batch_size,
+        examples: Annotated[
+            str, typer.Option(help="Validation examples whose pairs are computed, or 'all'.")
+        ] = str(data.validation_examples or "all"),
+        train_examples: Annotated[
+            int, typer.Option(help="Training examples put before them.")
+        ] = data.train_examples,
+        permute_labels: Annotated[
+            float, typer.Option(help="Share of training labels that are permuted, 0 to 1.")
+        ] = data.permuted_labels,
+        precision: Annotated[
+            str,
+            typer.Option(help="float32, or float64: exact on over-fitted nets, slower gradients."),
+        ] = study.gradients.precision,
+        tile: Annotated[
+            int | None, typer.Option(help="Edge of a tile; default: about 1,000 examples.")
+        ] = study.gradients.tile,
+        address: Annotated[
+            str | None,
+            typer.Option(help="Ray cluster to join; default: $RAY_ADDRESS, else start Ray here."),
+        ] = None,
+        device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+        max_replicas: Annotated[
+            int | None, typer.Option(help="Replicas at most; default: as many as there is room.")
+        ] = None,
+        threads: Annotated[int | None, typer.Option(help="CPU threads of a replica.")] = None,
+        memory: Annotated[
+            str | None, typer.Option(help="Memory of a replica, such as 4GB; default: its share.")
+        ] = None,
+        wait_for_nodes: Annotated[
+            float | None,
+            typer.Option(help="Seconds to wait for a node that fits; default: if autoscaled."),
+        ] = None,
+        engine: Annotated[str, typer.Option(help="ray, or serial: this process alone.")] = "ray",
+    ) -> None:
+        chosen = build_study(
+            lambda: study.model_validate(
+                {
+                    "title": study.title,
+                    "loss": study.loss,
+                    "data": {
+                        **data.model_dump(),
+                        "validation_examples": _count(examples),
+                        "train_examples": train_examples,
+                        "permuted_labels": permute_labels,
+                        "accept_unverified": accept_unverified_data,
+                    },
+                    "model": {
+                        "name": model,
+                        "options": (study.model.options if model == study.model.name else {})
+                        | _model_options(model_option or []),
+                    },
+                    "training": {
+                        **training.model_dump(),
+                        "learning_rates": _split("--learning-rates", learning_rates, float),
+                        "seeds": _split("--seed", seed, int),
+                        "iterations": None
+                        if iterations is None
+                        else _split("--iterations", iterations, int),
+                        "epochs": epochs,
+                        "batch_size": batch_size,
+                    },
+                    "gradients": {
+                        **study.gradients.model_dump(),
+                        "precision": precision,
+                        "tile": tile,
+                    },
+                }
+            )
+        )
+        compute_and_present(
+            chosen,
+            _checked_run(
+                store=store,
+                checkpoints=checkpoints,
+                data_directory=data_dir,
+                download=download,
+                address=address,
+                device=device,
+                max_replicas=max_replicas,
+                threads=threads,
+                memory=_bytes(memory),
+                wait_for_nodes=wait_for_nodes,
+                engine=engine,
+            ),
+            folder=figures,
+        )
+
+    run_app(command)
+
+
+def compute_and_present(study: Study, chosen: Any, *, folder: Path | None = None) -> None:
+    """Compute a study, then draw its figures, write its report and print what they show."""
+    from distributed_stiffness.engine import run_study
+    from distributed_stiffness.report import present
+
+    with Progress(quiet=chosen.quiet) as progress:
+        if "_ray_pkg_" in str(Path.cwd()) and not _is_absolute(chosen.store):
+            progress.say(
+                f"note: the store {chosen.store!r} is relative to the job's scratch folder; give"
+                " an absolute path or a URL to keep it"
+            )
+        store = run_study(study, chosen, progress)
+        _say(present(store, folder or beside(store), progress))
+
+
+def beside(store: str) -> Path:
+    """Return the folder of a store's figures and report: STORE without .zarr; local."""
+    name = store.rstrip("/").removesuffix(".zarr")
+    return Path("results", name.rpartition("/")[2]) if "://" in name else Path(name)
+
+
+def build_study(build: Callable[[], Study]) -> Study:
+    """Build a study; say what is wrong with it in words.
+
+    Raises:
+        StudyError: a field is wrong; the message names it, its value and what is expected.
+    """
+    try:
+        return build()
+    except pydantic.ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, e['loc'])) or 'study'}: {e['msg'].removeprefix('Value error, ')}"
+            + ("" if isinstance(e["input"], dict | list) else f" (got {e['input']!r})")
+            for e in error.errors()
+        ]
+        raise StudyError("the study makes no sense: " + "; ".join(lines)) from error
+
+
+def _checked_run(**options: Any) -> Any:
+    from distributed_stiffness.engine import Run
+
+    for name, allowed in (("engine", ("ray", "serial")), ("device", ("auto", "cpu", "cuda"))):
+        if options.get(name, allowed[0]) not in allowed:
+            raise StudyError(
+                f"unknown {name} {options[name]!r}: expected one of {', '.join(allowed)}"
+            )
+    for name in ("max_replicas", "threads"):
+        if options.get(name) is not None and options[name] < 1:
+            raise StudyError(f"{name} is {options[name]}: expected 1 or more")
+    return Run(**options)
+
+
+def _say(lines: list[str]) -> None:
+    for line in lines:
+        typer.echo(line)
+
+
+def _join(values: tuple[float, ...]) -> str:
+    return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+
+
+def _split(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise StudyError(
+            f"{option} is {text!r}: expected numbers with commas between, such as 1,2 ({error})"
+        ) from error
+
+
+def _count(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isdigit():
+        raise StudyError(f"--examples is {text!r}: expected a number or 'all'")
+    return int(text)
+
+
+def _model_options(pairs: list[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise StudyError(f"--model-option is {pair!r}: expected NAME=VALUE")
+        options[name] = int(value) if value.lstrip("-").isdigit() else value
+    return options
+
+
+def _bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1, "": 1}
+    number = text.strip().upper().rstrip("KMGTB")
+    unit = text.strip().upper()[len(number) :]
+    try:
+        return int(float(number) * units[unit])
+    except (ValueError, KeyError) as error:
+        raise StudyError(f"--memory is {text!r}: expected a size such as 4GB or 800MB") from error
+
+
+def _is_absolute(store: str) -> bool:
+    return "://" in store or Path(store).is_absolute()

@@ -1,0 +1,100 @@
+"""The data of one study: training and validation splits as they are trained on, and the examples
+whose pairs are computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from distributed_stiffness.data.catalogue import load
+from distributed_stiffness.data.examples import LabelledData, Split
+from distributed_stiffness.data.labels import permute_labels, require_every_class, subset
+from distributed_stiffness.data.preprocessing import Preprocessing
+from distributed_stiffness.progress import Progress
+from distributed_stiffness.study import Data
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyData:
+    """What training runs and replicas need; raw inputs, normalised a batch at a time."""
+
+    labelled: LabelledData  # training labels permuted where the study says so
+    preprocessing: Preprocessing
+    examples: Split  # in the order of the store: training examples, then validation examples
+    split: tuple[str, ...]  # "train" or "validation" of each example
+    index: np.ndarray  # position of each example in its split, int64
+
+    @property
+    def n_examples(self) -> int:
+        """N."""
+        return len(self.examples.labels)
+
+    def inputs(self, examples: slice | np.ndarray) -> np.ndarray:
+        """Return inputs as the network sees them, float32."""
+        return self.preprocessing(self.examples.inputs[examples])
+
+    def content_hash(self) -> str:
+        """Return a hash of the examples, in order, and of all that training sees."""
+        digest = hashlib.sha256(self.labelled.content_hash().encode())
+        digest.update(",".join(self.split).encode())
+        digest.update(np.ascontiguousarray(self.index).tobytes())
+        return digest.hexdigest()
+
+
+def select(
+    data: Data,
+    *,
+    directory: str | Path | None = None,
+    download: bool = True,
+    progress: Progress | None = None,
+) -> StudyData:
+    """Load a data set and draw the examples of a study.
+
+    Raises:
+        DataError: the data are missing or broken, more examples are asked for than there are, or
+            a class has no example.
+    """
+    labelled = load(
+        data.name,
+        directory=directory,
+        download=download,
+        accept_unverified=data.accept_unverified,
+        progress=progress,
+    )
+    if data.permuted_labels:
+        labels = permute_labels(
+            labelled.train.labels, seed=data.permutation_seed, share=data.permuted_labels
+        )
+        labelled = replace(labelled, train=replace(labelled.train, labels=labels))
+    n_classes = len(labelled.class_names)
+    parts: list[tuple[str, Split, np.ndarray]] = []
+    for name, split, wanted in (
+        ("train", labelled.train, data.train_examples),
+        ("validation", labelled.validation, data.validation_examples),
+    ):
+        if wanted == 0:
+            continue
+        chosen, index = subset(split, wanted, seed=data.sample_seed, n_classes=n_classes)
+        require_every_class(chosen.labels, labelled.class_names, where=f"{name} examples")
+        parts.append((name, chosen, index))
+    return StudyData(
+        labelled=labelled,
+        preprocessing=Preprocessing.fit(labelled.train, unit_norm=data.unit_norm),
+        examples=_joined([part for _, part, _ in parts]),
+        split=tuple(name for name, part, _ in parts for _ in part.labels),
+        index=np.concatenate([index for _, _, index in parts]).astype(np.int64),
+    )
+
+
+def _joined(splits: Sequence[Split]) -> Split:
+    if len(splits) == 1:
+        return splits[0]
+    return Split(
+        inputs=np.concatenate([s.inputs for s in splits]),
+        labels=np.concatenate([s.labels for s in splits]),
+    )

@@ -1,0 +1,6 @@
+"""The engine: what is left of a study, who computes it, and where."""
+
+from distributed_stiffness.engine.job import StudyFailed
+from distributed_stiffness.engine.run import Run, run_study
+
+__all__ = ["Run", "StudyFailed", "run_study"]

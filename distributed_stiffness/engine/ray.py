@@ -1,0 +1,396 @@
+"""The distributed engine: training runs as Ray tasks, replicas as Ray actors, one wait loop.
+
+The only module of the package that imports ray. It adds placement and retries to `train` and
+`Replica`, and nothing numeric. Numbers go from a replica to the store; what comes back here is a
+receipt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+# Before ray is imported: a run reports nothing to anybody, and a task without GPUs sees none.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+import ray.exceptions
+import torch
+
+from distributed_stiffness.checkpoints import Checkpoints, TrainingRun
+from distributed_stiffness.data.selection import StudyData
+from distributed_stiffness.engine.job import Job
+from distributed_stiffness.engine.replica import Receipt, Replica
+from distributed_stiffness.engine.resources import (
+    Node,
+    ReplicaShape,
+    choose_shape,
+    require_fit,
+)
+from distributed_stiffness.engine.run import Run, absolute, plan_study
+from distributed_stiffness.errors import ClusterError, StiffnessError
+from distributed_stiffness.gradients.per_example import PerExampleGradients
+from distributed_stiffness.plan import Plan
+from distributed_stiffness.progress import Progress
+from distributed_stiffness.store import create_or_continue
+from distributed_stiffness.study import Study
+from distributed_stiffness.tiling import Task
+from distributed_stiffness.training import TrainingEvent, train
+
+WAIT_SECONDS = 1.0  # the longest pause between two looks at the cluster
+IDLE_SECONDS = 20.0  # a replica without work for so long is released while training goes on
+MAX_LOST_REPLICAS = 20  # replicas that may die in one run before it is given up
+MAX_LOST_TRAININGS = 3  # times that one training run may lose its worker
+
+
+def run_on_ray(
+    study: Study,
+    data: StudyData,
+    gradients: PerExampleGradients,
+    run: Run,
+    progress: Progress,
+) -> str:
+    """Compute a study on a Ray cluster, or on a local Ray that is started for it."""
+    with _session(run, data, progress):
+        shape = _shape(run, progress)
+        url = absolute(run.store)
+        plan = plan_study(study, data, gradients, memory=shape.memory, store=url)
+        progress.say(plan.describe())
+        progress.say(shape.describe())
+        store = create_or_continue(url, study, data, plan)
+        job = Job(study, data, plan, store, run.checkpoint_folder, progress)
+        _Driver(job, shape, run.max_replicas).run_to_the_end()
+        job.finish()
+    return url
+
+
+# What runs on the cluster
+
+
+@ray.remote
+class _ReplicaActor:
+    """A `Replica` in a process of its own."""
+
+    def __init__(
+        self,
+        study: Study,
+        data: StudyData,
+        plan: Plan,
+        store: str,
+        checkpoints: str,
+        shape: ReplicaShape,
+    ) -> None:
+        self.replica = Replica(
+            study,
+            data,
+            plan,
+            store=store,
+            checkpoints=checkpoints,
+            device=shape.device,
+            threads=shape.threads,
+        )
+
+    def ready(self) -> int:
+        """Answer once the replica is built."""
+        return os.getpid()
+
+    def run(self, task: Task) -> Receipt:
+        """Compute a task."""
+        return self.replica.run(task)
+
+
+@ray.remote
+def _train(
+    study: Study, run: TrainingRun, data: StudyData, checkpoints: str, shape: ReplicaShape
+) -> Iterator[TrainingEvent]:
+    torch.set_num_threads(shape.threads)
+    yield from train(study, run, data, Checkpoints(checkpoints), device=shape.device)
+
+
+@ray.remote
+def _free_gpu_memory() -> int:
+    return int(torch.cuda.mem_get_info()[0])
+
+
+# The driver
+
+
+@dataclass
+class _Actor:
+    handle: Any
+    ready: Any  # reference to its first answer
+    idle_since: float = field(default_factory=time.monotonic)
+
+
+class _Driver:
+    """Starts what the job needs, waits for whatever comes, tells the job."""
+
+    def __init__(self, job: Job, shape: ReplicaShape, max_replicas: int | None) -> None:
+        self._job, self._shape, self._max_replicas = job, shape, max_replicas
+        self._data = ray.put(job.data)
+        self._actors: dict[str, _Actor] = {}
+        self._running: dict[Any, tuple[str, Task]] = {}
+        self._trainings: dict[Any, TrainingRun] = {}
+        self._lost_trainings: dict[TrainingRun, int] = {}
+        self._lost_replicas = self._started = 0
+
+    def run_to_the_end(self) -> None:
+        """Run until nothing is left that can be done."""
+        try:
+            # Training first: replicas need its checkpoints, and would hold its cores.
+            for run in self._job.runs_to_train():
+                self._start_training(run)
+            while self._trainings or not self._job.scheduler.idle:
+                self._adjust_replicas()
+                for assignment in self._job.assign():
+                    actor = self._actors[assignment.replica]
+                    reference = actor.handle.run.remote(assignment.task)
+                    self._running[reference] = assignment.replica, assignment.task
+                self._wait()
+        finally:
+            for name in list(self._actors):
+                self._release(name)
+            for generator in self._trainings:
+                ray.cancel(generator, force=True)
+
+    # Waiting
+
+    def _wait(self) -> None:
+        starting = {a.ready: name for name, a in self._actors.items() if a.ready is not None}
+        events = [*self._trainings, *self._running, *starting]
+        if not events:
+            time.sleep(0.05)
+            return
+        ready, _ = ray.wait(events, timeout=WAIT_SECONDS, fetch_local=False)
+        for event in ready:
+            if event in self._running:
+                self._task_ended(event)
+            elif event in starting:
+                self._replica_answered(starting[event])
+            else:
+                self._training_went_on(event)
+
+    def _task_ended(self, reference: Any) -> None:
+        name, task = self._running.pop(reference)
+        try:
+            receipt = ray.get(reference)
+        except ray.exceptions.RayActorError:
+            self._replica_lost(name)
+        except Exception as error:  # whatever the task raised: the job decides
+            self._job.task_failed(name, task, _cause(error))
+        else:
+            self._job.task_done(name, receipt)
+        if name in self._actors:
+            self._actors[name].idle_since = time.monotonic()
+
+    def _replica_answered(self, name: str) -> None:
+        actor = self._actors[name]
+        try:
+            ray.get(actor.ready)
+        except ray.exceptions.RayActorError as error:
+            # An error in __init__ comes wrapped; ours says what to do, so it goes up.
+            cause = _cause(error)
+            if isinstance(cause, StiffnessError):
+                raise cause from error
+            self._replica_lost(name)
+        else:
+            actor.ready, actor.idle_since = None, time.monotonic()
+            self._job.scheduler.replica_ready(name)
+
+    def _training_went_on(self, generator: Any) -> None:
+        run = self._trainings[generator]
+        try:
+            self._job.training_event(ray.get(next(generator)))
+        except StopIteration:
+            del self._trainings[generator]
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
+            del self._trainings[generator]
+            self._training_lost(run, error)
+        except ray.exceptions.RayError as error:
+            del self._trainings[generator]
+            self._job.training_failed(run, _cause(error))
+
+    # Starting and losing
+
+    def _start_training(self, run: TrainingRun) -> None:
+        job = self._job
+        generator = _train.options(
+            num_returns="streaming", max_retries=0, **self._shape.resources()
+        ).remote(job.study, run, self._data, job.checkpoints, self._shape)
+        self._trainings[generator] = run
+
+    def _training_lost(self, run: TrainingRun, error: BaseException) -> None:
+        self._lost_trainings[run] = self._lost_trainings.get(run, 0) + 1
+        if self._lost_trainings[run] > MAX_LOST_TRAININGS:
+            self._job.training_failed(run, error)
+            return
+        self._job.progress.say(f"training ({run}): its worker died; going on from its last"
+                               " checkpoint")  # fmt: skip
+        self._start_training(run)
+
+    def _adjust_replicas(self) -> None:
+        """Ask for replicas while tasks wait; release those that training could use meanwhile."""
+        scheduler = self._job.scheduler
+        working = sum(bool(scheduler.tasks_of(name)) for name in self._actors)
+        wanted = min(self._most_replicas(), working + scheduler.waiting)
+        while len(self._actors) < wanted:
+            self._start_replica()
+        if scheduler.waiting == 0:
+            for name, actor in list(self._actors.items()):
+                idle = actor.ready is None and not scheduler.tasks_of(name)
+                if idle and time.monotonic() - actor.idle_since > IDLE_SECONDS:
+                    self._release(name)
+
+    def _most_replicas(self) -> int:
+        if self._max_replicas is not None:
+            return self._max_replicas
+        fitting = sum(self._shape.fits_on(node) for node in nodes())
+        return max(1, fitting)
+
+    def _start_replica(self) -> None:
+        job = self._job
+        self._started += 1
+        name = f"replica-{self._started}"
+        handle = _ReplicaActor.options(max_restarts=0, **self._shape.resources()).remote(
+            job.study, self._data, job.plan, job.store.url, job.checkpoints, self._shape
+        )
+        self._actors[name] = _Actor(handle, handle.ready.remote())
+
+    def _replica_lost(self, name: str) -> None:
+        if name not in self._actors:
+            return  # its other task told us already
+        lost = self._job.scheduler.replica_lost(name)
+        self._release(name)
+        self._lost_replicas += 1
+        self._job.progress.say(f"{name} died; {len(lost)} of its tasks go to another")
+        if self._lost_replicas > MAX_LOST_REPLICAS:
+            raise ClusterError(
+                f"{self._lost_replicas} replicas died in this run; the last had {len(lost)} tasks."
+                " If they run out of memory, give a smaller --memory or fewer --max-replicas;"
+                " what is done is in the store"
+            )
+
+    def _release(self, name: str) -> None:
+        actor = self._actors.pop(name)
+        self._job.scheduler.replica_lost(name)
+        self._running = {k: v for k, v in self._running.items() if v[0] != name}
+        ray.kill(actor.handle)
+
+
+def nodes() -> list[Node]:
+    """Return the nodes that are alive."""
+    return [
+        Node(
+            cpus=int(node["Resources"].get("CPU", 0)),
+            gpus=int(node["Resources"].get("GPU", 0)),
+            memory=int(node["Resources"].get("memory", 0)),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def _shape(run: Run, progress: Progress) -> ReplicaShape:
+    """Choose what a replica asks of a node; wait for nodes only where some can come."""
+    patience = run.wait_for_nodes
+    if patience is None:
+        patience = 1800.0 if _autoscaler_helps() else 0.0
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            require_fit(nodes(), device=run.device, threads=run.threads)
+            break
+        except ClusterError as error:
+            if time.monotonic() >= deadline:
+                raise
+            progress.say(f"waiting for nodes: {error}")
+            _request_nodes(run)
+            time.sleep(min(15.0, patience))
+    shape = choose_shape(nodes(), device=run.device, threads=run.threads, memory=run.memory)
+    if shape.device == "cuda" and run.memory is None:
+        free = ray.get(_free_gpu_memory.options(num_gpus=1, num_cpus=0).remote())
+        shape = shape.with_memory(int(0.8 * free))
+    return shape
+
+
+def _request_nodes(run: Run) -> None:
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[{"GPU": 1}] if run.device == "cuda" else [{"CPU": run.threads or 1}])
+
+
+def _autoscaler_helps() -> bool:
+    """Whether this driver runs on a cluster of `ray up` or KubeRay, which can bring nodes."""
+    kuberay = ("RAY_USAGE_STATS_KUBERAY_IN_USE", "KUBERAY_GEN_RAY_START_CMD")
+    return (Path.home() / "ray_bootstrap_config.yaml").exists() or any(
+        name in os.environ for name in kuberay
+    )
+
+
+@contextlib.contextmanager
+def _session(run: Run, data: StudyData, progress: Progress) -> Iterator[None]:
+    """Join the cluster that is named, or start a local one; leave it as it was found."""
+    if ray.is_initialized():
+        with _stop_on_sigterm():
+            yield
+        return
+    address = run.address or os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=_object_store_bytes(data),
+                **quiet,
+            )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ClusterError(
+            f"cannot join the Ray cluster at {address!r}: {error}. Give --address, or unset"
+            " RAY_ADDRESS to start a local one"
+        ) from error
+    progress.say(f"Ray: {'joined ' + address if address else 'started on this machine'}")
+    try:
+        with _stop_on_sigterm():
+            yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    """End as Ctrl-C does. Set after ray.init, which puts a handler of its own there."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _object_store_bytes(data: StudyData) -> int:
+    splits = (data.labelled.train, data.labelled.validation, data.examples)
+    return 2**28 + 2 * sum(s.inputs.nbytes + s.labels.nbytes for s in splits)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the error that a task raised, out of Ray's wrapping."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error

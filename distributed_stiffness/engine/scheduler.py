@@ -1,0 +1,150 @@
+"""Which replica does which task: a pure state machine, with no Ray and no clock.
+
+Events go in (a replica is ready or lost, a task is done or failed), assignments come out. The Ray
+driver and the serial runner use the same one, and a simulation can.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from distributed_stiffness.tiling import Task
+
+IN_FLIGHT = 2  # tasks a replica has at a time: the next one waits there while this one computes
+MAX_FAILURES = 3  # different replicas a task may fail on before it is set aside
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Give this task to this replica."""
+
+    replica: str
+    task: Task
+
+
+@dataclass
+class _Replica:
+    tasks: list[Task] = field(default_factory=list)  # given, not finished
+    last: Task | None = None
+
+
+class Scheduler:
+    """Tasks that wait, replicas that compute, and what became of each task.
+
+    A replica gets tasks of the panel whose rows it already holds; else of a panel that nobody works
+    on; else of the panel with the most left, so that panels are swept once where they can be.
+    """
+
+    def __init__(self, *, in_flight: int = IN_FLIGHT, max_failures: int = MAX_FAILURES) -> None:
+        self._in_flight, self._max_failures = in_flight, max_failures
+        self._waiting: dict[Task, None] = {}  # in the order they came
+        self._replicas: dict[str, _Replica] = {}
+        self._failed_on: dict[Task, set[str]] = {}
+        self.set_aside: dict[Task, str] = {}  # task -> the last error
+        self.done: set[Task] = set()
+
+    # Events
+
+    def add(self, tasks: Iterable[Task]) -> None:
+        """New tasks; those already known are left alone."""
+        running = {task for replica in self._replicas.values() for task in replica.tasks}
+        for task in tasks:
+            if task not in running | self.done and task not in self.set_aside:
+                self._waiting.setdefault(task)
+
+    def replica_ready(self, replica: str) -> None:
+        """A replica can take tasks."""
+        self._replicas.setdefault(replica, _Replica())
+
+    def replica_lost(self, replica: str) -> list[Task]:
+        """A replica is gone; its tasks wait again. Return them."""
+        lost = self._replicas.pop(replica, _Replica()).tasks
+        self._put_back(lost)
+        return lost
+
+    def task_done(self, replica: str, task: Task) -> bool:
+        """A task is finished; return whether this is the first time."""
+        self._release(replica, task)
+        self._waiting.pop(task, None)
+        is_new = task not in self.done
+        self.done.add(task)
+        return is_new
+
+    def task_failed(self, replica: str, task: Task, error: str) -> None:
+        """A task raised an error: it is tried elsewhere, and set aside after enough replicas."""
+        self._release(replica, task)
+        if task in self.done:
+            return
+        failed_on = self._failed_on.setdefault(task, set())
+        failed_on.add(replica)
+        if len(failed_on) >= self._max_failures or failed_on >= set(self._replicas):
+            self.set_aside[task] = error
+        else:
+            self._put_back([task])
+
+    def give_up(self, task: Task, error: str) -> None:
+        """Set a waiting task aside: it cannot succeed."""
+        self._waiting.pop(task, None)
+        self.set_aside[task] = error
+
+    # Decisions
+
+    def assign(self) -> list[Assignment]:
+        """Hand waiting tasks to replicas that have room, the idlest first."""
+        assignments = []
+        while True:
+            free = [name for name, r in self._replicas.items() if len(r.tasks) < self._in_flight]
+            free.sort(key=lambda name: len(self._replicas[name].tasks))
+            found = next(
+                ((name, task) for name in free if (task := self._choose(name)) is not None), None
+            )
+            if found is None:
+                return assignments
+            name, task = found
+            del self._waiting[task]
+            self._replicas[name].tasks.append(task)
+            self._replicas[name].last = task
+            assignments.append(Assignment(name, task))
+
+    @property
+    def waiting(self) -> int:
+        """Tasks that no replica has."""
+        return len(self._waiting)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return not self._waiting and not any(r.tasks for r in self._replicas.values())
+
+    def tasks_of(self, replica: str) -> list[Task]:
+        """Tasks that a replica has."""
+        return list(self._replicas[replica].tasks) if replica in self._replicas else []
+
+    def _choose(self, name: str) -> Task | None:
+        open_to_it = [t for t in self._waiting if name not in self._failed_on.get(t, set())]
+        if not open_to_it:
+            return None
+        last = self._replicas[name].last
+        if last is not None:
+            for task in open_to_it:
+                if task.panel == last.panel:
+                    return task
+        worked_on = {t.panel for r in self._replicas.values() for t in r.tasks}
+        for task in open_to_it:
+            if task.panel not in worked_on:
+                return task
+        left = Counter(task.panel for task in open_to_it)
+        (panel, _), *_ = left.most_common(1)
+        return next(task for task in open_to_it if task.panel == panel)
+
+    def _put_back(self, tasks: Iterable[Task]) -> None:
+        """Lost tasks go first: they hold up the end of their checkpoint."""
+        back = {task: None for task in tasks if task not in self.done}
+        self._waiting = back | self._waiting
+
+    def _release(self, replica: str, task: Task) -> None:
+        held = self._replicas.get(replica)
+        if held and task in held.tasks:
+            held.tasks.remove(task)

@@ -1,0 +1,134 @@
+"""What a study will cost, and how its tiles are computed within a memory budget. Pure.
+
+A replica fills most of its budget with the rows of one panel and streams blocks of columns against
+it. Where the budget holds all rows (networks whose gradients are kept as factors), nothing is
+computed twice; with K panels every gradient is made (K + 1)/2 times.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from distributed_stiffness.errors import StudyError
+from distributed_stiffness.tiling import Tiling, default_tile
+
+# Shares of a replica's budget. The rest is for the network, the tile being written, and the
+# interpreter with its libraries.
+ROWS_SHARE = 0.6
+BLOCK_SHARE = 0.2
+LARGEST_BLOCK = 2048  # examples in one forward and backward pass; wide enough for any GEMM
+SMALLEST_BLOCK = 8
+LARGEST_PANEL = 4  # row chunks of one task: what is lost with a replica stays small
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How the tiles of a study are computed. The same plan gives the same bits."""
+
+    n_examples: int
+    n_checkpoints: int
+    tile: int
+    block: int  # examples differentiated at a time, and columns streamed at a time
+    panel_rows: int  # rows held at a time: whole tiles, or a strip of one
+    row_bytes: int  # of one example's gradient as it is held
+    memory: int  # bytes, the budget of a replica
+
+    @property
+    def tiling(self) -> Tiling:
+        """Of every matrix."""
+        return Tiling(n_examples=self.n_examples, tile=self.tile)
+
+    @property
+    def panel_chunks(self) -> int:
+        """Row chunks of one task's panel."""
+        return min(max(1, self.panel_rows // self.tile), LARGEST_PANEL)
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether a replica holds the rows of all examples, so that none is made twice."""
+        return self.panel_rows >= self.n_examples
+
+    @property
+    def strip(self) -> int:
+        """Rows of one product: a whole tile, or less where a tile's rows do not fit."""
+        return min(self.tile, self.panel_rows)
+
+    @property
+    def gradients_per_example(self) -> float:
+        """How often each gradient is made, (K + 1)/2 for K panels."""
+        return (math.ceil(self.n_examples / min(self.panel_rows, self.n_examples)) + 1) / 2
+
+    @property
+    def store_bytes(self) -> int:
+        """Of all matrices, before compression (which saves about a tenth)."""
+        return 4 * self.n_examples**2 * (self.n_checkpoints + 1)
+
+    def describe(self) -> str:
+        """One line for people."""
+        tiles = self.tiling.n_chunks**2
+        return (
+            f"plan: {self.n_checkpoints} checkpoints × {self.n_examples:,}² pairs,"
+            f" {tiles} tiles of {self.tile:,} each; {_size(self.row_bytes)} a gradient,"
+            f" {min(self.panel_rows, self.n_examples):,} rows held in {_size(self.memory)} a"
+            f" replica, each gradient made {self.gradients_per_example:.1f} times;"
+            f" up to {_size(self.store_bytes)} on disk"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """For the store's attributes."""
+        return asdict(self)
+
+
+def make_plan(
+    *,
+    n_examples: int,
+    n_checkpoints: int,
+    row_bytes: int,
+    making_bytes: int,
+    memory: int,
+    tile: int | None = None,
+) -> Plan:
+    """Fit blocks and panels into the budget.
+
+    Args:
+        n_examples: N.
+        n_checkpoints: matrices wanted.
+        row_bytes: bytes of one example's gradient as it is held (`Rows.nbytes`).
+        making_bytes: bytes that one example takes while its gradient is made.
+        memory: budget of a replica in bytes.
+        tile: edge of a tile; None chooses.
+
+    Raises:
+        StudyError: the budget does not hold even the smallest block, or the tile does not fit.
+    """
+    tile = min(tile or default_tile(n_examples), n_examples)
+    block = int(BLOCK_SHARE * memory) // making_bytes
+    if block < min(SMALLEST_BLOCK, n_examples):
+        needed = math.ceil(making_bytes * SMALLEST_BLOCK / BLOCK_SHARE)
+        raise StudyError(
+            f"a memory budget of {_size(memory)} a replica is too small: {SMALLEST_BLOCK} gradients"
+            f" of this network at a time take {_size(needed)}; give --memory {_size(needed)} or"
+            " more, or fewer replicas"
+        )
+    block = min(2 ** int(math.log2(block)), LARGEST_BLOCK, tile)
+    rows = max(block, int(ROWS_SHARE * memory) // row_bytes)
+    panel_rows = rows // tile * tile if rows >= tile else rows // block * block
+    return Plan(
+        n_examples=n_examples,
+        n_checkpoints=n_checkpoints,
+        tile=tile,
+        block=block,
+        panel_rows=min(panel_rows, math.ceil(n_examples / tile) * tile),
+        row_bytes=row_bytes,
+        memory=memory,
+    )
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} TB"

@@ -1,0 +1,503 @@
+"""The store: one Zarr v3 group that `xarray.open_zarr(path)` opens with every label.
+
+docs/SCHEMA.md is the contract. The driver lays the whole group out once; replicas write whole
+chunks, one writer each, so that a retry or a second run needs no lock. What is done is read from
+the chunks that are there, never from anybody's memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import json
+import subprocess
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import psutil
+import zarr
+import zarr.abc.store
+import zarr.codecs
+import zarr.storage
+
+from distributed_stiffness.checkpoints import METRICS, TrainingRun, write_durably
+from distributed_stiffness.data.selection import StudyData
+from distributed_stiffness.errors import StoreError
+from distributed_stiffness.plan import Plan
+from distributed_stiffness.study import Study, differences, fingerprint
+from distributed_stiffness.tiling import Checkpoint, Tile, Tiling
+
+SCHEMA_VERSION = 1
+_RUN = ("learning_rate", "seed", "iteration")
+
+
+@dataclass(frozen=True)
+class _Variable:
+    """One array of the schema."""
+
+    dims: tuple[str, ...]
+    dtype: str
+    long_name: str
+    description: str
+    fill: Any = np.nan
+
+
+_VARIABLES: Mapping[str, _Variable] = {
+    "cosine": _Variable(
+        (*_RUN, "example", "other"),
+        "float32",
+        "cosine of two loss gradients",
+        "cos(g_i, g_j) in [-1, 1]: positive when a small gradient step on one example lowers the"
+        " loss of the other. Its sign is the sign stiffness. 0 where a gradient is 0; NaN: not"
+        " computed yet.",
+    ),
+    "gradient_norm": _Variable(
+        (*_RUN, "example"),
+        "float64",
+        "norm of the loss gradient",
+        "Euclidean norm over all parameters in play, at true scale, 0 or more. The dot product of"
+        " two gradients is cosine * gradient_norm * other gradient_norm.",
+    ),
+    "loss": _Variable((*_RUN, "example"), "float64", "loss of the example", "0 or more, in nats."),
+    "correct": _Variable(
+        (*_RUN, "example"),
+        "bool",
+        "classified correctly",
+        "True where the largest output is that of the example's label.",
+        fill=False,
+    ),
+    "distance": _Variable(
+        ("example", "other"),
+        "float32",
+        "cosine distance of the inputs",
+        "1 - x_i.x_j/(|x_i||x_j|) in [0, 2], of the inputs as the network sees them.",
+    ),
+    **{
+        name: _Variable(
+            _RUN,
+            "float64",
+            name.replace("_", " "),
+            "Mean over the whole split, in evaluation mode; "
+            + ("a share in [0, 1]." if name.endswith("accuracy") else "0 or more, in nats."),
+        )
+        for name in METRICS
+    },
+    "error_bound": _Variable(
+        _RUN,
+        "float64",
+        "bound on the error of a cosine",
+        "Largest difference from one-example float64 autograd over a sample of pairs, times a"
+        " margin of 2; NaN: not checked yet.",
+    ),
+    "undecided": _Variable(
+        _RUN,
+        "int64",
+        "pairs of undecided sign",
+        "Pairs (i < j) with |cosine| < error_bound, whose sign is not certain; -1: not checked"
+        " yet.",
+        fill=-1,
+    ),
+}
+
+# Blosc lz4 with bit shuffling is nearly free; crc32c tells any reader of a flipped byte.
+_COMPRESSORS = (
+    zarr.codecs.BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"),
+    zarr.codecs.Crc32cCodec(),
+)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a store holds: tiles of each checkpoint (a diagonal one only with its norms)."""
+
+    tiles: Mapping[Checkpoint, Collection[Tile]]
+    distance: Collection[Tile]
+    checked: Collection[Checkpoint]
+
+
+class _DurableLocalStore(zarr.storage.LocalStore):
+    """A local store whose writes survive a power cut: temporary name, fsync, rename."""
+
+    async def set(self, key: str, value: zarr.abc.buffer.Buffer) -> None:
+        await self._ensure_open()
+        await asyncio.to_thread(write_durably, self.root / key, value.to_bytes())
+
+
+class Store:
+    """An open store; one in the driver, one in each replica."""
+
+    def __init__(self, url: str | Path) -> None:
+        """Open an existing store.
+
+        Raises:
+            StoreError: there is none, or its schema is not this version's.
+        """
+        self.url = str(url)
+        try:
+            # Its own zarr.json, not the consolidated copy: the driver's attributes change.
+            self.group = zarr.open_group(_backend(self.url), mode="r+", use_consolidated=False)
+        except (FileNotFoundError, zarr.errors.GroupNotFoundError) as error:
+            raise StoreError(
+                f"there is no store at {self.url} as this process sees it; on a cluster of several"
+                " machines the store must be on a shared path or in a bucket (s3://…)"
+            ) from error
+        version = self.group.attrs.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise StoreError(
+                f"{self.url} is not a store of this program (schema_version is {version!r},"
+                f" expected {SCHEMA_VERSION}); give another --store"
+            )
+        self._arrays = {
+            name: _array(self.group, name).with_config({"write_empty_chunks": True})
+            for name in _VARIABLES
+        }
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        """Send the URL to other processes, not the open handles."""
+        return Store, (self.url,)
+
+    # What is there
+
+    @property
+    def attrs(self) -> Mapping[str, Any]:
+        """The group's attributes."""
+        return dict(self.group.attrs)
+
+    def contents(self) -> Contents:
+        """List what is there."""
+        norms = self._chunks("correct")  # the last of an example chunk's numbers to be written
+        tiles: dict[Checkpoint, set[Tile]] = {}
+        for *lead, i, j in self._chunks("cosine"):
+            if i != j or (*lead, i) in norms:
+                tiles.setdefault(Checkpoint(*lead), set()).add((i, j))
+        return Contents(
+            tiles=tiles,
+            distance={(i, j) for i, j in self._chunks("distance")},
+            checked={Checkpoint(*lead) for lead in self._chunks("undecided")},
+        )
+
+    def _chunks(self, name: str) -> set[tuple[int, ...]]:
+        filesystem, root = fsspec.core.url_to_fs(self.url)
+        filesystem.invalidate_cache()
+        prefix = f"{root}/{name}/c/"
+        keys = (key.removeprefix(prefix) for key in filesystem.find(prefix))
+        return {tuple(map(int, k.split("/"))) for k in keys if k.replace("/", "").isdigit()}
+
+    # Writing
+
+    def write_tile(
+        self, name: str, checkpoint: Checkpoint | None, tile: Tile, tiling: Tiling, values: Any
+    ) -> None:
+        """Write one whole chunk of a matrix."""
+        rows, columns = (tiling.examples(chunk) for chunk in tile)
+        with _explained(self.url):
+            self._arrays[name][(*_lead(checkpoint), rows, columns)] = values
+
+    def write_examples(
+        self, checkpoint: Checkpoint, examples: slice, **columns: np.ndarray
+    ) -> None:
+        """Write gradient_norm, loss and correct of one chunk of examples; `correct` last."""
+        with _explained(self.url):
+            for name in ("gradient_norm", "loss", "correct"):
+                self._arrays[name][(*_lead(checkpoint), examples)] = columns[name]
+
+    def write_values(self, checkpoint: Checkpoint, **values: float) -> None:
+        """Write numbers that a checkpoint has one of."""
+        with _explained(self.url):
+            for name, value in values.items():
+                self._arrays[name][_lead(checkpoint)] = value
+
+    def read(
+        self,
+        name: str,
+        checkpoint: Checkpoint | None,
+        rows: slice | np.ndarray,
+        columns: slice | np.ndarray,
+    ) -> np.ndarray:
+        """Read a part of a matrix; each chunk once."""
+        values: np.ndarray = self._arrays[name].oindex[(*_lead(checkpoint), rows, columns)]
+        return values
+
+    def set_attrs(self, **attrs: Any) -> None:
+        """Change attributes; only the driver may."""
+        with _explained(self.url):
+            self.group.attrs.update(attrs)
+            _consolidate(self.url)
+
+    def sweep(self) -> None:
+        """Remove what dead writers left behind; only when no writer is alive."""
+        if "://" not in self.url:
+            for leftover in Path(self.url).rglob(".*.partial"):
+                leftover.unlink(missing_ok=True)
+
+
+def create_or_continue(url: str | Path, study: Study, data: StudyData, plan: Plan) -> Store:
+    """Lay a store out, or open the one that is there if it belongs to the same study.
+
+    Raises:
+        StoreError: the store belongs to another study (names what differs), the path cannot be
+            written, or the disk has too little room.
+    """
+    now = fingerprint(study, content=data.content_hash(), tile=plan.tile)
+    if not _is_there(str(url)):
+        return _create(str(url), study, data, plan, now)
+    store = Store(url)
+    if not store.attrs.get("laid_out"):
+        raise StoreError(f"{url} was left half laid out by a run that died; delete it")
+    changes = differences(store.attrs["fingerprint"], now)
+    if changes:
+        raise StoreError(
+            f"{url} belongs to another study: " + "; ".join(changes) + ". Give another --store, or"
+            " the settings that it was made with"
+        )
+    store.sweep()
+    return store
+
+
+def _create(
+    url: str, study: Study, data: StudyData, plan: Plan, identity: Mapping[str, Any]
+) -> Store:
+    _require_room(url, plan)
+    labelled, coordinates = data.labelled, list(_coordinates(study, data))
+    with _explained(url):
+        group = zarr.create_group(
+            _backend(url),
+            attributes={
+                "schema_version": SCHEMA_VERSION,
+                "title": study.title,
+                "dataset": labelled.name,
+                "dataset_source": labelled.source,
+                "dataset_verified": labelled.verified,
+                "model": study.model.name,
+                "preprocessing": data.preprocessing.describe(),
+                "class_names": json.dumps(labelled.class_names),
+                **(
+                    {"superclass_names": json.dumps(labelled.superclass_names)}
+                    if labelled.superclass_names
+                    else {}
+                ),
+                "study": study.model_dump_json(),
+                "fingerprint": dict(identity),
+                "plan": plan.to_json(),
+                "weights": {},
+                "versions": _versions(),
+                **_git_revision(),
+                "created": now(),
+                # How xarray tells labels from variables.
+                "coordinates": " ".join(c.name for c in coordinates if c.name not in c.dims),
+            },
+        )
+        sizes = {
+            "learning_rate": len(study.training.learning_rates),
+            "seed": len(study.training.seeds),
+            "iteration": len(study.iterations),
+            "example": plan.n_examples,
+            "other": plan.n_examples,
+        }
+        for name, variable in _VARIABLES.items():
+            _create_variable(group, name, variable, sizes, plan.tile)
+        for coordinate in coordinates:
+            _create_coordinate(group, coordinate)
+        group.attrs["laid_out"] = True
+        _consolidate(url)
+    return Store(url)
+
+
+def _create_variable(
+    group: zarr.Group, name: str, variable: _Variable, sizes: Mapping[str, int], tile: int
+) -> None:
+    group.create_array(
+        name,
+        shape=tuple(sizes[dim] for dim in variable.dims),
+        chunks=tuple(tile if dim in ("example", "other") else 1 for dim in variable.dims),
+        dtype=variable.dtype,
+        fill_value=variable.fill,
+        dimension_names=variable.dims,
+        compressors=_COMPRESSORS,
+        attributes={
+            "long_name": variable.long_name,
+            "units": "1",
+            "description": variable.description,
+        },
+    )
+
+
+def _create_coordinate(group: zarr.Group, coordinate: _Coordinate) -> None:
+    values = coordinate.values
+    array = group.create_array(
+        coordinate.name,
+        shape=values.shape,
+        chunks=values.shape,
+        dtype=str if values.dtype == object else values.dtype,
+        dimension_names=coordinate.dims,
+        attributes={"long_name": coordinate.long_name}
+        | ({"units": "1"} if values.dtype.kind in "if" else {}),
+        config={"write_empty_chunks": True},
+    )
+    array[:] = values
+
+
+@dataclass(frozen=True)
+class _Coordinate:
+    name: str
+    dims: tuple[str, ...]
+    values: np.ndarray
+    long_name: str
+
+
+def _coordinates(study: Study, data: StudyData) -> Iterator[_Coordinate]:
+    training, steps = study.training, np.asarray(study.iterations, dtype=np.int64)
+    for name, values, meaning in (
+        ("learning_rate", np.asarray(training.learning_rates), "learning rate"),
+        ("seed", np.asarray(training.seeds), "seed of the weights and of the order of examples"),
+        ("iteration", steps, "optimiser steps done"),
+    ):
+        yield _Coordinate(name, (name,), values, meaning)
+    epoch = steps / training.steps_per_epoch(len(data.labelled.train.labels))
+    yield _Coordinate("epoch", ("iteration",), epoch, "passes over the training examples done")
+    # Positions in a split name an example only where there is one split.
+    names = data.index if len(set(data.split)) == 1 else np.arange(data.n_examples)
+    for dim, prefix in (("example", ""), ("other", "other_")):
+        yield _Coordinate(dim, (dim,), names, "example")
+        for name, values, meaning in _labels(data):
+            yield _Coordinate(prefix + name, (dim,), values, meaning)
+
+
+def _labels(data: StudyData) -> Iterator[tuple[str, np.ndarray, str]]:
+    """What is known of each example: name, value for each, meaning."""
+    labelled, labels = data.labelled, data.examples.labels
+    yield "label", labels, "class, counted from 0"
+    yield "class_name", _text(labelled.class_names[k] for k in labels), "name of the class"
+    yield "split", _text(data.split), "split of the data set"
+    yield "index", data.index, "position in the split"
+    if labelled.superclass_names and labelled.superclass_of_class:
+        above = np.asarray(labelled.superclass_of_class, dtype=np.int64)[labels]
+        names = _text(labelled.superclass_names[k] for k in above)
+        yield "superclass", above, "super-class, counted from 0"
+        yield "superclass_name", names, "name of the super-class"
+
+
+def _text(values: Iterable[str]) -> np.ndarray:
+    return np.asarray(list(values), dtype=object)
+
+
+def _lead(checkpoint: Checkpoint | None) -> tuple[int, ...]:
+    if checkpoint is None:
+        return ()
+    return (checkpoint.learning_rate, checkpoint.seed, checkpoint.iteration)
+
+
+def training_run(study: Study, checkpoint: Checkpoint) -> tuple[TrainingRun, int]:
+    """Return the run and the iteration that a place in the arrays stands for."""
+    return (
+        TrainingRun(
+            study.training.learning_rates[checkpoint.learning_rate],
+            study.training.seeds[checkpoint.seed],
+        ),
+        study.iterations[checkpoint.iteration],
+    )
+
+
+def _array(group: zarr.Group, name: str) -> zarr.Array:
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    return array
+
+
+def _backend(url: str) -> Any:
+    return url if "://" in url else _DurableLocalStore(Path(url).absolute())
+
+
+def _is_there(url: str) -> bool:
+    filesystem, root = fsspec.core.url_to_fs(url)
+    filesystem.invalidate_cache()
+    try:
+        if filesystem.exists(f"{root}/zarr.json"):
+            return True
+        if filesystem.exists(root) and filesystem.ls(root):
+            raise StoreError(f"{url} exists and is not a store; give another --store")
+    except OSError as error:
+        raise StoreError(f"cannot look into {url}: {error}") from error
+    return False
+
+
+def _require_room(url: str, plan: Plan) -> None:
+    """Refuse before the work what would fill a local disk."""
+    if "://" in url:
+        return
+    place = Path(url).absolute()
+    while not place.exists():
+        place = place.parent
+    free = psutil.disk_usage(str(place)).free
+    needed = int(0.9 * plan.store_bytes)  # what compression leaves, at least
+    if needed > free:
+        raise StoreError(
+            f"the store needs about {needed / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB free:"
+            " give --store on a larger disk, fewer --examples, or fewer --iterations"
+        )
+
+
+def _consolidate(url: str) -> None:
+    with warnings.catch_warnings():
+        # Consolidated metadata is not in the v3 specification yet; xarray reads it, and warns
+        # where it is missing.
+        warnings.filterwarnings("ignore", message="Consolidated metadata")
+        zarr.consolidate_metadata(_backend(url))
+
+
+@contextlib.contextmanager
+def _explained(url: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"cannot write to {url}: {error}. What was written is kept: make room or mend the"
+            " path, and run the same command again"
+        ) from error
+
+
+def _versions() -> dict[str, str]:
+    names = ("distributed_stiffness", "torch", "numpy", "ray", "zarr", "xarray")
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _git_revision() -> dict[str, str]:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        revision = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=5,
+        ).stdout.strip()
+        return {"git_revision": revision}
+    return {}
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def stored_plan(url: str, plan: Plan) -> Plan:
+    """Return `plan`, or the one that an existing store was begun with if it fits the budget.
+
+    The same blocks and strips give the same last bits, so a continued run keeps them.
+    """
+    if not _is_there(url):
+        return plan
+    was = Plan(**{**Store(url).attrs["plan"], "memory": plan.memory})
+    same_matrix = (was.n_examples, was.tile) == (plan.n_examples, plan.tile)
+    fits = was.panel_rows <= plan.panel_rows and was.row_bytes == plan.row_bytes
+    return was if same_matrix and fits else plan

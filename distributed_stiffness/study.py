@@ -1,0 +1,194 @@
+"""A study: the frozen description of a run, checked when it is built.
+
+What a study says can change a number, and is hashed into the store's fingerprint. Where and how it
+runs (folders, replicas, memory) is in `Run` and is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from distributed_stiffness.errors import StudyError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Option = bool | int | float | str | list[int]
+
+# Raised by one whenever the gradient code can give other numbers for the same study.
+GRADIENT_ENGINE_VERSION = 1
+
+
+class Frozen(BaseModel):
+    """Immutable, and a misspelt field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Data(Frozen):
+    """Which examples."""
+
+    name: str = "digits"
+    validation_examples: Annotated[int, Field(ge=0)] | None = None  # None: the whole split
+    train_examples: Annotated[int, Field(ge=0)] = 0  # of the training split, put before these
+    sample_seed: Annotated[int, Field(ge=0)] = 0  # draws the examples, balanced over classes
+    permuted_labels: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of training labels
+    permutation_seed: Annotated[int, Field(ge=0)] = 0
+    unit_norm: bool = True  # each standardised input on the unit sphere, as in the paper
+    accept_unverified: bool = False  # read files whose checksums are not the published ones
+
+
+class Model(Frozen):
+    """Which network."""
+
+    name: str = "fully_connected"
+    options: dict[str, Option] = Field(default_factory=dict)
+
+
+class Training(Frozen):
+    """One training run for each learning rate and seed, all with the same iterations."""
+
+    learning_rates: tuple[Positive, ...] = (1e-3,)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    iterations: tuple[Annotated[int, Field(ge=0)], ...] | None = None  # None: four stages
+    epochs: Positive = 10.0  # with iterations None: how long
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    optimizer: Literal["adam", "sgd"] = "adam"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of sgd
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+    @field_validator("learning_rates", "seeds")
+    @classmethod
+    def _distinct(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if not values:
+            raise ValueError("is empty; give at least one")
+        if len(set(values)) != len(values):
+            raise ValueError(f"{list(values)} holds a value twice; give each once")
+        return tuple(sorted(values))
+
+    @field_validator("iterations")
+    @classmethod
+    def _ascending(cls, values: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if values is not None:
+            if not values:
+                raise ValueError("is empty; give at least one, for example 0,100,1000")
+            if list(values) != sorted(set(values)):
+                raise ValueError(
+                    f"{list(values)} is not ascending; give each step once, in order: "
+                    f"{','.join(map(str, sorted(set(values))))}"
+                )
+        return values
+
+    def resolved(self, n_train: int) -> Training:
+        """Return the same with its iterations written out."""
+        if self.iterations is not None:
+            return self
+        steps = self.steps_per_epoch(n_train)
+        return self.model_copy(
+            update={"iterations": stages(max(1, round(self.epochs * steps)), steps)}
+        )
+
+    def steps_per_epoch(self, n_train: int) -> int:
+        """Optimiser steps in one pass; the last, smaller batch is used too."""
+        return math.ceil(n_train / self.batch_size)
+
+
+def stages(total: int, steps_per_epoch: int, count: int = 4) -> tuple[int, ...]:
+    """Return the steps of the paper's four stages: before training, an early one, two later.
+
+    The early one lies a quarter of an epoch in (or earlier in a short run), the last at the end,
+    those between in geometric progression.
+    """
+    early = max(1, min(round(steps_per_epoch / 4), total // 4))
+    later = np.geomspace(early, total, count - 1).round().astype(int)
+    return (0, *sorted(set(later.tolist())))
+
+
+class Gradients(Frozen):
+    """Which gradients, how exact, in which tiles."""
+
+    parameters: tuple[str, ...] | None = None  # glob patterns; None: all that are trained
+    precision: Literal["float32", "float64"] = "float32"
+    tile: Annotated[int, Field(ge=1)] | None = None  # edge of a tile; None: 1,000 or so
+
+
+class Study(Frozen):
+    """Everything that can change a number."""
+
+    title: str = "study"
+    data: Data = Data()
+    model: Model = Model()
+    training: Training = Training()
+    gradients: Gradients = Gradients()
+    loss: Literal["cross_entropy"] = "cross_entropy"
+
+    @model_validator(mode="after")
+    def _some_examples(self) -> Self:
+        if self.data.validation_examples == 0 and self.data.train_examples == 0:
+            raise ValueError("no examples: validation_examples and train_examples are both 0")
+        return self
+
+    def resolved(self, n_train: int) -> Study:
+        """Return the same with its iterations written out."""
+        return self.model_copy(update={"training": self.training.resolved(n_train)})
+
+    @property
+    def iterations(self) -> tuple[int, ...]:
+        """The checkpoints' optimiser steps.
+
+        Raises:
+            StudyError: they follow from the size of the data and were not written out.
+        """
+        if self.training.iterations is None:
+            raise StudyError("iterations are not known yet: use study.resolved(n_train)")
+        return self.training.iterations
+
+
+def fingerprint(study: Study, *, content: str, tile: int) -> dict[str, Any]:
+    """Return every field that can change a number, for the store.
+
+    Two runs with the same fingerprint (and the same weights, whose hashes the store keeps by
+    checkpoint) may share a store.
+
+    Args:
+        study: resolved.
+        content: hash of the examples in play and of the training data, in order.
+        tile: edge of a tile.
+    """
+    return {
+        "data": content,
+        "preprocessing": {"unit_norm": study.data.unit_norm},
+        "labels": {
+            "permuted": study.data.permuted_labels,
+            "seed": study.data.permutation_seed,
+        },
+        "model": study.model.model_dump(mode="json"),
+        "training": study.training.model_dump(mode="json", exclude={"epochs"}),
+        "loss": study.loss,
+        "parameters": study.gradients.model_dump(mode="json")["parameters"],
+        "precision": study.gradients.precision,
+        "tile": tile,
+        "gradient_engine": GRADIENT_ENGINE_VERSION,
+    }
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Say in words which fields of two fingerprints differ."""
+    lines: list[str] = []
+    for key in [*was, *(k for k in now if k not in was)]:
+        before, after = was.get(key), now.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += [f"{key}.{line}" for line in differences(before, after)]
+        elif before != after:
+            lines.append(f"{key} was {json.dumps(before)}, is {json.dumps(after)}")
+    return lines
+
+
+def digest(value: Any) -> str:
+    """Return a short hash of anything that JSON can say."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,126 @@
+"""Tiles, panels and tasks: which part of which matrix is computed together. Pure.
+
+The matrix of a checkpoint is cut into square tiles of `tile` examples; a tile is one Zarr chunk.
+The matrix is symmetric, so a task computes the tiles (I, J) with I ≤ J of one column of tiles, for
+the rows I of one row panel, and writes the transposed tiles too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Tile = tuple[int, int]  # row and column, counted in tiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """N examples cut into chunks of `tile`; the last one may be shorter."""
+
+    n_examples: int
+    tile: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tile <= self.n_examples:
+            raise ValueError(f"tile must be in 1..{self.n_examples} examples, got {self.tile}")
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks along each side."""
+        return math.ceil(self.n_examples / self.tile)
+
+    def examples(self, chunk: int) -> slice:
+        """Return the examples of a chunk."""
+        return slice(chunk * self.tile, min((chunk + 1) * self.tile, self.n_examples))
+
+    def size(self, chunk: int) -> int:
+        """Return how many examples a chunk has."""
+        examples = self.examples(chunk)
+        return examples.stop - examples.start
+
+    def upper(self) -> Iterator[Tile]:
+        """Tiles on and above the diagonal."""
+        return ((i, j) for j in range(self.n_chunks) for i in range(j + 1))
+
+
+def default_tile(n_examples: int) -> int:
+    """Return a tile edge near 1,250 that cuts N evenly: tiles of 4 to 8 MB."""
+    return math.ceil(n_examples / math.ceil(n_examples / 1250))
+
+
+def pieces(examples: slice, size: int) -> Iterator[slice]:
+    """Cut a run of examples into runs of `size`; the last one may be shorter."""
+    for start in range(examples.start, examples.stop, size):
+        yield slice(start, min(start + size, examples.stop))
+
+
+@dataclass(frozen=True, order=True)
+class Checkpoint:
+    """Where a checkpoint lies in the store's arrays."""
+
+    learning_rate: int
+    seed: int
+    iteration: int
+
+
+Kind = Literal["distance", "pairs", "check"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a replica computes at a time; doing it twice is harmless.
+
+    `pairs`: the tiles (I, column) for I in rows of a checkpoint. `distance`: the same of the input
+    distances. `check`: the error bound of a finished checkpoint.
+    """
+
+    kind: Kind
+    checkpoint: Checkpoint | None = None
+    rows: tuple[int, ...] = ()
+    column: int = 0
+
+    @property
+    def panel(self) -> tuple[Checkpoint | None, int]:
+        """Tasks with the same panel use the same rows, so that one replica should do them."""
+        return self.checkpoint, self.rows[0] if self.rows else -1
+
+    @property
+    def n_tiles(self) -> int:
+        """Tiles written, both triangles."""
+        return sum(1 if row == self.column else 2 for row in self.rows)
+
+    def __str__(self) -> str:
+        where = f" of checkpoint {self.checkpoint}" if self.checkpoint else ""
+        return f"{self.kind}{where}, rows {list(self.rows)}, column {self.column}"
+
+
+def tasks(
+    kind: Literal["distance", "pairs"],
+    checkpoint: Checkpoint | None,
+    tiling: Tiling,
+    *,
+    panel_chunks: int,
+    done: Collection[Tile],
+) -> list[Task]:
+    """Return what is missing of one matrix, panel by panel.
+
+    Args:
+        kind: of the matrix.
+        checkpoint: None for the input distances.
+        tiling: of the matrix.
+        panel_chunks: row chunks whose gradients a replica can hold at a time.
+        done: tiles that the store has; (I, J) counts only with (J, I).
+    """
+    todo = [
+        (i, j) for i, j in tiling.upper() if not ((i, j) in done and (j, i) in done)
+    ]
+    found = []
+    for first in range(0, tiling.n_chunks, panel_chunks):
+        panel = range(first, first + panel_chunks)
+        for column in range(first, tiling.n_chunks):
+            rows = tuple(i for i, j in todo if j == column and i in panel)
+            if rows:
+                found.append(Task(kind, checkpoint, rows, column))
+    return found
