@@ -79,7 +79,9 @@ def select(
     ):
         if wanted == 0:
             continue
-        chosen, index = subset(split, wanted, seed=data.sample_seed, n_classes=n_classes)
+        chosen, index = subset(
+            split, wanted, seed=data.sample_seed, n_classes=n_classes, where=f"{name} split"
+        )
         require_every_class(chosen.labels, labelled.class_names, where=f"{name} examples")
         parts.append((name, chosen, index))
     return StudyData(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from distributed_stiffness.errors import ModelError
+from distributed_stiffness.factories import import_factory
 from distributed_stiffness.models.cnn import cnn
 from distributed_stiffness.models.fully_connected import fully_connected
 from distributed_stiffness.models.resnet import resnet18, resnet20
@@ -45,7 +45,13 @@ def build(
     Raises:
         ModelError: no such name, wrong options, or the factory returns no nn.Module.
     """
-    builder = _BUILDERS.get(name) or _import_factory(name)
+    builder = _BUILDERS.get(name)
+    if builder is None and ":" not in name:
+        raise ModelError(
+            f"unknown model {name!r}: expected one of {', '.join(MODELS)}, or"
+            " package.module:factory"
+        )
+    builder = builder or import_factory(name, "model", ModelError)
     offered = {"input_shape": tuple(input_shape), "n_classes": n_classes}
     accepted = inspect.signature(builder).parameters
     arguments = {k: v for k, v in offered.items() if k in accepted} | dict(options or {})
@@ -87,19 +93,3 @@ def check_outputs(model: nn.Module, inputs: torch.Tensor, n_classes: int, name: 
             f"model {name!r} gives outputs of shape {got} for {len(inputs)} examples; the data"
             f" have {n_classes} classes, so {(len(inputs), n_classes)} is expected"
         )
-
-
-def _import_factory(name: str) -> Callable[..., Any]:
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
-        raise ModelError(
-            f"unknown model {name!r}: expected one of {', '.join(MODELS)}, or"
-            " package.module:factory"
-        )
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ModelError(f"model {name!r} cannot be imported: {error}") from error
-    if not callable(factory):
-        raise ModelError(f"model {name!r} is not callable; expected a function or a class")
-    return factory  # type: ignore[no-any-return]

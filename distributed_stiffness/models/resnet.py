@@ -81,18 +81,14 @@ class ResNet(nn.Module):
         return outputs
 
 
-def resnet20(
-    input_shape: Sequence[int], n_classes: int, *, normalisation: str = "none"
-) -> ResNet:
+def resnet20(input_shape: Sequence[int], n_classes: int, *, normalisation: str = "none") -> ResNet:
     """ResNet-20 v1 (0.27 million parameters)."""
     return ResNet(
         input_shape, n_classes, widths=(16, 32, 64), blocks=(3, 3, 3), normalisation=normalisation
     )
 
 
-def resnet18(
-    input_shape: Sequence[int], n_classes: int, *, normalisation: str = "batch"
-) -> ResNet:
+def resnet18(input_shape: Sequence[int], n_classes: int, *, normalisation: str = "batch") -> ResNet:
     """ResNet-18 with a 3×3 stem and no first pooling (11.2 million parameters)."""
     return ResNet(
         input_shape,

@@ -1,0 +1,47 @@
+"""Stiffness of neural networks: all pairs of a validation set, every checkpoint, on a Ray cluster.
+
+What is imported here is imported when it is first used, so that `distributed_stiffness.analysis`
+needs neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distributed_stiffness.engine import Run, run_study
+    from distributed_stiffness.gradients import (
+        class_cosine_matrix,
+        cosine_matrix,
+        gradient_norms,
+        gram_matrix,
+    )
+    from distributed_stiffness.study import Study
+
+_HOMES = {
+    "Run": "engine",
+    "run_study": "engine",
+    "Study": "study",
+    "class_cosine_matrix": "gradients",
+    "cosine_matrix": "gradients",
+    "gradient_norms": "gradients",
+    "gram_matrix": "gradients",
+}
+
+__all__ = [
+    "Run",
+    "Study",
+    "class_cosine_matrix",
+    "cosine_matrix",
+    "gradient_norms",
+    "gram_matrix",
+    "run_study",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
