@@ -77,13 +77,9 @@ class Checkpoints:
         metrics: Mapping[str, float],
     ) -> None:
         """Write weights, optimiser state, random state and metrics."""
-        tensors = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+        weights, text = _copied(model.state_dict()), json.dumps(dict(metrics))
         self._write(self._path(run, iteration, "training"), _training_state(optimizer), {})
-        self._write(
-            self._path(run, iteration, "model"),
-            tensors,
-            {"sha256": weights_hash(tensors), "metrics": json.dumps(dict(metrics))},
-        )
+        self._write(self._path(run, iteration, "model"), weights, {"metrics": text})
 
     def load_weights(self, run: TrainingRun, iteration: int) -> Weights:
         """Read the weights of a checkpoint.
@@ -93,12 +89,11 @@ class Checkpoints:
         """
         path = self._path(run, iteration, "model")
         tensors, metadata = self._read(path)
-        if set(metadata) < {"sha256", "metrics"}:
-            raise StoreError(f"{path} is not a checkpoint of this program: its header has no hash")
-        if weights_hash(tensors) != metadata["sha256"]:
-            raise StoreError(f"{path} is damaged: its weights do not have the hash in its header;"
-                             " delete it, and training makes it again")  # fmt: skip
-        return Weights(tensors, json.loads(metadata["metrics"]), metadata["sha256"])
+        try:
+            metrics = json.loads(metadata["metrics"])
+        except (KeyError, ValueError) as error:
+            raise StoreError(_damaged(path, "its header has no metrics")) from error
+        return Weights(tensors, metrics, metadata["sha256"])
 
     def restore(
         self,
@@ -123,15 +118,12 @@ class Checkpoints:
     def _path(self, run: TrainingRun, iteration: int, part: str) -> str:
         return f"{self._folder(run)}/iteration={iteration:08d}.{part}.safetensors"
 
-    def _write(
-        self, path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-    ) -> None:
-        content = safetensors.torch.save(dict(tensors), dict(metadata))
+    def _write(self, path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        content = safetensors.torch.save(
+            dict(tensors), {**metadata, "sha256": weights_hash(tensors)}
+        )
         try:
-            if "file" in self._fs.protocol:
-                write_durably(Path(path), content)
-            else:
-                self._fs.pipe_file(path, content)
+            write_whole(self._fs, path, content)
         except OSError as error:
             raise StoreError(f"cannot write the checkpoint {path}: {error}") from error
 
@@ -140,9 +132,34 @@ class Checkpoints:
             content = self._fs.cat_file(path)
             length = int.from_bytes(content[:8], "little")
             header = json.loads(content[8 : 8 + length])
-            return safetensors.torch.load(content), header.get("__metadata__", {})
+            tensors, metadata = safetensors.torch.load(content), header.get("__metadata__", {})
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise StoreError(f"cannot read the checkpoint {path}: {error}") from error
+        if "sha256" not in metadata:
+            raise StoreError(f"{path} is not a checkpoint of this program: its header has no hash")
+        if weights_hash(tensors) != metadata["sha256"]:
+            raise StoreError(_damaged(path, "its tensors do not have the hash in its header"))
+        return tensors, metadata
+
+
+def _damaged(path: str, why: str) -> str:
+    return f"{path} is damaged: {why}; delete it, and training makes it again"
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy to memory of their own, in row-major order, as the format asks."""
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+
+
+def write_whole(filesystem: Any, path: str, content: bytes) -> None:
+    """Write a file so that a reader sees all of it or nothing, on disk or in a bucket."""
+    if "file" in filesystem.protocol:
+        write_durably(Path(path), content)
+    else:
+        filesystem.pipe_file(path, content)
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -177,13 +194,11 @@ def _training_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     for index, entries in optimizer.state_dict()["state"].items():
         for key, value in entries.items():
             if value is not None:
-                state[f"optimizer.{index}.{key}"] = torch.as_tensor(value).cpu().clone()
-    return state
+                state[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
+    return _copied(state)
 
 
-def _restore_training_state(
-    optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]
-) -> None:
+def _restore_training_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(state["random.cpu"])
     if torch.cuda.is_available() and "random.cuda" in state:
         torch.cuda.set_rng_state(state["random.cuda"])

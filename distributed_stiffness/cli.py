@@ -6,6 +6,7 @@ interrupted (the store continues).
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from distributed_stiffness.study import Data, Study, Training
 app = typer.Typer(
     help="Stiffness of neural networks: all pairs, every checkpoint, on a Ray cluster.",
     no_args_is_help=True,
+    rich_markup_mode=None,  # boxes cut long option names short
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -95,11 +97,20 @@ def report(
 
 def job(study: Study, *, store: str, description: str | None) -> None:
     """Run a job script: its study's fields are the defaults of the command line."""
-    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+    )
     training, data = study.training, study.data
 
     @command.command(help=description)
     def _job(
+        data_name: Annotated[
+            str,
+            typer.Option(
+                "--data",
+                help="digits, mnist, fashion_mnist, cifar10, cifar100 or package.module:factory.",
+            ),
+        ] = data.name,
         data_dir: Annotated[
             str | None,
             typer.Option(
@@ -120,18 +131,25 @@ def job(study: Study, *, store: str, description: str | None) -> None:
             str, typer.Option(help="Store of the results: a path, or a URL such as s3://…")
         ] = store,
         checkpoints: Annotated[
-            str | None, typer.Option(help="Folder or URL of checkpoints; default: beside the store.")
+            str | None,
+            typer.Option(help="Folder or URL of checkpoints; default: beside the store."),
         ] = None,
         figures: Annotated[
-            Path | None, typer.Option(help="Folder of figures and report; default: beside the store.")
+            Path | None,
+            typer.Option(help="Folder of figures and report; default: beside the store."),
         ] = None,
         model: Annotated[
             str,
-            typer.Option(help="fully_connected, cnn, resnet20, resnet18 or package.module:factory."),
+            typer.Option(
+                help="fully_connected, cnn, resnet20, resnet18 or package.module:factory."
+            ),
         ] = study.model.name,
         model_option: Annotated[
             list[str] | None,
-            typer.Option(help="NAME=VALUE for the model, such as normalisation=batch; repeatable."),
+            typer.Option(
+                help="NAME=VALUE for the model, such as normalisation=batch or widths=[500,300];"
+                " repeatable."
+            ),
         ] = None,
         learning_rates: Annotated[
             str, typer.Option(help="Comma-separated; one training run each.")
@@ -191,6 +209,7 @@ def job(study: Study, *, store: str, description: str | None) -> None:
                     "loss": study.loss,
                     "data": {
                         **data.model_dump(),
+                        "name": data_name,
                         "validation_examples": _count(examples),
                         "train_examples": train_examples,
                         "permuted_labels": permute_labels,
@@ -324,7 +343,10 @@ def _model_options(pairs: list[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals:
             raise StudyError(f"--model-option is {pair!r}: expected NAME=VALUE")
-        options[name] = int(value) if value.lstrip("-").isdigit() else value
+        try:
+            options[name] = json.loads(value)  # 3, true, [500,300]
+        except ValueError:
+            options[name] = value
     return options
 
 

@@ -106,7 +106,8 @@ def make_plan(
     tile = min(tile or default_tile(n_examples), n_examples)
     block = int(BLOCK_SHARE * memory) // making_bytes
     if block < min(SMALLEST_BLOCK, n_examples):
-        needed = math.ceil(making_bytes * SMALLEST_BLOCK / BLOCK_SHARE)
+        # A thousandth more, and rounded up: who gives what the message shows gives enough.
+        needed = _three_digits_up(math.ceil(1.001 * making_bytes * SMALLEST_BLOCK / BLOCK_SHARE))
         raise StudyError(
             f"a memory budget of {_size(memory)} a replica is too small: {SMALLEST_BLOCK} gradients"
             f" of this network at a time take {_size(needed)}; give --memory {_size(needed)} or"
@@ -126,9 +127,15 @@ def make_plan(
     )
 
 
+def _three_digits_up(n: int) -> int:
+    """Round up to a number that `_size` shows as it is."""
+    power = int(10 ** max(0, len(str(n)) - 3))
+    return math.ceil(n / power) * power
+
+
 def _size(n_bytes: float) -> str:
     for unit in ("B", "KB", "MB", "GB"):
-        if n_bytes < 1000:
+        if n_bytes < 999.5:
             return f"{n_bytes:.3g} {unit}"
         n_bytes /= 1000
     return f"{n_bytes:.3g} TB"

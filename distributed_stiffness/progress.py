@@ -3,7 +3,7 @@
 On a terminal every phase is a live bar (rich); elsewhere a phase writes one line when it starts,
 one every few seconds while it runs, and one when it ends:
 
-    pairs: 120/400 tiles (30 %), 12.3 tiles/s, 0:00:23 left
+    pairs: 120/400 tiles (30%), 12.3 tiles/s, 0:00:23 left
 """
 
 from __future__ import annotations
@@ -84,12 +84,12 @@ class Progress:
         self.quiet = quiet
         self._live = (
             LiveBars(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
+                TextColumn("{task.fields[rate]}", markup=False),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}", style="dim"),
+                TextColumn("{task.fields[note]}", style="dim", markup=False),
                 console=self.console,
             )
             if self.console.is_terminal and not quiet
@@ -119,7 +119,9 @@ class Progress:
         """Begin a phase; `done` were finished by an earlier run."""
         phase = Phase(name, total, unit, self, done=done, resumed_at=done)
         if self._live:
-            phase._bar = self._live.add_task(name, total=total, completed=int(done), rate="", note="")
+            phase._bar = self._live.add_task(
+                name, total=total, completed=int(done), rate="", note=""
+            )
         elif not self.quiet:
             phase._last_line = time.monotonic()
             self.say(f"{name}: {done:,.0f}/{total:,.0f} {unit}")

@@ -27,9 +27,15 @@ import zarr.abc.store
 import zarr.codecs
 import zarr.storage
 
-from distributed_stiffness.checkpoints import METRICS, TrainingRun, write_durably
+from distributed_stiffness.checkpoints import (
+    METRICS,
+    TrainingRun,
+    write_durably,
+    write_whole,
+)
 from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.errors import StoreError
+from distributed_stiffness.gradients.error_bound import MARGIN
 from distributed_stiffness.plan import Plan
 from distributed_stiffness.study import Study, differences, fingerprint
 from distributed_stiffness.tiling import Checkpoint, Tile, Tiling
@@ -94,7 +100,7 @@ _VARIABLES: Mapping[str, _Variable] = {
         "float64",
         "bound on the error of a cosine",
         "Largest difference from one-example float64 autograd over a sample of pairs, times a"
-        " margin of 2; NaN: not checked yet.",
+        f" margin of {MARGIN:g}; NaN: not checked yet.",
     ),
     "undecided": _Variable(
         _RUN,
@@ -154,10 +160,7 @@ class Store:
                 f"{self.url} is not a store of this program (schema_version is {version!r},"
                 f" expected {SCHEMA_VERSION}); give another --store"
             )
-        self._arrays = {
-            name: _array(self.group, name).with_config({"write_empty_chunks": True})
-            for name in _VARIABLES
-        }
+        self._arrays = {name: _array(self.group, name) for name in _VARIABLES}
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         """Send the URL to other processes, not the open handles."""
@@ -168,7 +171,7 @@ class Store:
     @property
     def attrs(self) -> Mapping[str, Any]:
         """The group's attributes."""
-        return dict(self.group.attrs)
+        return _read_metadata(self.url)["attributes"]
 
     def contents(self) -> Contents:
         """List what is there."""
@@ -226,10 +229,16 @@ class Store:
         return values
 
     def set_attrs(self, **attrs: Any) -> None:
-        """Change attributes; only the driver may."""
+        """Change attributes in one write; only the driver may.
+
+        The consolidated copy of the arrays' metadata lies in the same file and stays as it is:
+        zarr's own way to change attributes would drop it.
+        """
         with _explained(self.url):
-            self.group.attrs.update(attrs)
-            _consolidate(self.url)
+            metadata = _read_metadata(self.url)
+            metadata["attributes"] |= attrs
+            filesystem, root = fsspec.core.url_to_fs(self.url)
+            write_whole(filesystem, f"{root}/zarr.json", json.dumps(metadata, indent=2).encode())
 
     def sweep(self) -> None:
         """Remove what dead writers left behind; only when no writer is alive."""
@@ -249,8 +258,6 @@ def create_or_continue(url: str | Path, study: Study, data: StudyData, plan: Pla
     if not _is_there(str(url)):
         return _create(str(url), study, data, plan, now)
     store = Store(url)
-    if not store.attrs.get("laid_out"):
-        raise StoreError(f"{url} was left half laid out by a run that died; delete it")
     changes = differences(store.attrs["fingerprint"], now)
     if changes:
         raise StoreError(
@@ -269,6 +276,7 @@ def _create(
     with _explained(url):
         group = zarr.create_group(
             _backend(url),
+            overwrite=True,  # what a run that died left half laid out holds no chunk
             attributes={
                 "schema_version": SCHEMA_VERSION,
                 "title": study.title,
@@ -305,9 +313,10 @@ def _create(
             _create_variable(group, name, variable, sizes, plan.tile)
         for coordinate in coordinates:
             _create_coordinate(group, coordinate)
-        group.attrs["laid_out"] = True
         _consolidate(url)
-    return Store(url)
+        store = Store(url)
+        store.set_attrs(laid_out=True)
+    return store
 
 
 def _create_variable(
@@ -331,14 +340,16 @@ def _create_variable(
 
 def _create_coordinate(group: zarr.Group, coordinate: _Coordinate) -> None:
     values = coordinate.values
+    attributes: dict[str, Any] = {"long_name": coordinate.long_name}
+    if values.dtype.kind in "if":
+        attributes["units"] = "1"
     array = group.create_array(
         coordinate.name,
         shape=values.shape,
         chunks=values.shape,
         dtype=str if values.dtype == object else values.dtype,
         dimension_names=coordinate.dims,
-        attributes={"long_name": coordinate.long_name}
-        | ({"units": "1"} if values.dtype.kind in "if" else {}),
+        attributes=attributes,
         config={"write_empty_chunks": True},
     )
     array[:] = values
@@ -405,10 +416,8 @@ def training_run(study: Study, checkpoint: Checkpoint) -> tuple[TrainingRun, int
     )
 
 
-def _array(group: zarr.Group, name: str) -> zarr.Array:
-    array = group[name]
-    assert isinstance(array, zarr.Array)
-    return array
+def _array(group: zarr.Group, name: str) -> Any:
+    return group[name].with_config({"write_empty_chunks": True})
 
 
 def _backend(url: str) -> Any:
@@ -420,7 +429,8 @@ def _is_there(url: str) -> bool:
     filesystem.invalidate_cache()
     try:
         if filesystem.exists(f"{root}/zarr.json"):
-            return True
+            attributes = _read_metadata(url)["attributes"]
+            return "schema_version" not in attributes or "laid_out" in attributes
         if filesystem.exists(root) and filesystem.ls(root):
             raise StoreError(f"{url} exists and is not a store; give another --store")
     except OSError as error:
@@ -442,6 +452,14 @@ def _require_room(url: str, plan: Plan) -> None:
             f"the store needs about {needed / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB free:"
             " give --store on a larger disk, fewer --examples, or fewer --iterations"
         )
+
+
+def _read_metadata(url: str) -> dict[str, Any]:
+    filesystem, root = fsspec.core.url_to_fs(url)
+    filesystem.invalidate_cache()
+    metadata: dict[str, Any] = json.loads(filesystem.cat_file(f"{root}/zarr.json"))
+    metadata.setdefault("attributes", {})
+    return metadata
 
 
 def _consolidate(url: str) -> None:
@@ -487,6 +505,7 @@ def _git_revision() -> dict[str, str]:
 
 
 def now() -> str:
+    """Return the time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

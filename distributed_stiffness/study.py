@@ -60,7 +60,7 @@ class Training(Frozen):
     batch_size: Annotated[int, Field(ge=1)] = 32
     optimizer: Literal["adam", "sgd"] = "adam"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of sgd
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
     @field_validator("learning_rates", "seeds")
     @classmethod
@@ -105,7 +105,7 @@ def stages(total: int, steps_per_epoch: int, count: int = 4) -> tuple[int, ...]:
     those between in geometric progression.
     """
     early = max(1, min(round(steps_per_epoch / 4), total // 4))
-    later = np.geomspace(early, total, count - 1).round().astype(int)
+    later = np.geomspace(total, early, count - 1).round().astype(int)
     return (0, *sorted(set(later.tolist())))
 
 

@@ -38,7 +38,7 @@ class Tiling:
     def size(self, chunk: int) -> int:
         """Return how many examples a chunk has."""
         examples = self.examples(chunk)
-        return examples.stop - examples.start
+        return int(examples.stop - examples.start)
 
     def upper(self) -> Iterator[Tile]:
         """Tiles on and above the diagonal."""
@@ -80,11 +80,12 @@ class Task:
     checkpoint: Checkpoint | None = None
     rows: tuple[int, ...] = ()
     column: int = 0
+    first_row: int = -1  # of the panel, whatever an earlier run left of it
 
     @property
     def panel(self) -> tuple[Checkpoint | None, int]:
         """Tasks with the same panel use the same rows, so that one replica should do them."""
-        return self.checkpoint, self.rows[0] if self.rows else -1
+        return self.checkpoint, self.first_row
 
     @property
     def n_tiles(self) -> int:
@@ -113,14 +114,12 @@ def tasks(
         panel_chunks: row chunks whose gradients a replica can hold at a time.
         done: tiles that the store has; (I, J) counts only with (J, I).
     """
-    todo = [
-        (i, j) for i, j in tiling.upper() if not ((i, j) in done and (j, i) in done)
-    ]
+    todo = [(i, j) for i, j in tiling.upper() if not ((i, j) in done and (j, i) in done)]
     found = []
     for first in range(0, tiling.n_chunks, panel_chunks):
         panel = range(first, first + panel_chunks)
         for column in range(first, tiling.n_chunks):
             rows = tuple(i for i, j in todo if j == column and i in panel)
             if rows:
-                found.append(Task(kind, checkpoint, rows, column))
+                found.append(Task(kind, checkpoint, rows, column, first))
     return found

@@ -1,4 +1,4 @@
-"""Training runs: one for each learning rate and seed, with a checkpoint at each iteration asked for.
+"""Training runs, one for each learning rate and seed, with checkpoints at given iterations.
 
 A run is a generator of events, so that the same code runs in this process or as a Ray task whose
 events stream back. It continues from its last checkpoint; the order of the training examples comes
@@ -146,9 +146,7 @@ def _batch(
     return inputs.to(device), torch.from_numpy(split.labels[chosen]).to(device)
 
 
-def _optimizer(
-    training: Training, model: nn.Module, learning_rate: float
-) -> torch.optim.Optimizer:
+def _optimizer(training: Training, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if training.optimizer == "sgd":
         return torch.optim.SGD(
@@ -172,11 +170,11 @@ def _continue(
     # A checkpoint that is asked for but missing must be made: go back before it.
     missing = [i for i in wanted if i not in found]
     usable = [i for i in found if not missing or i <= missing[0]]
-    for leftover in (i for i in found if i not in wanted and i != (usable or [None])[-1]):
+    step = max(usable, default=0)
+    for leftover in (i for i in found if i not in wanted and i != step):
         checkpoints.delete(run, leftover)
     if not usable:
         return 0, None
-    step = usable[-1]
     checkpoints.restore(run, step, model, optimizer)
     return step, None if step in wanted else step
 
@@ -196,7 +194,7 @@ def _take_step(
     value = float(loss.detach())
     if not math.isfinite(value):
         raise TrainingError(_diverged("the training loss", value, run, step))
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
     optimizer.step()
     return value
 

@@ -48,14 +48,14 @@ class Job:
         self._steps = dict.fromkeys(self._runs(), 0)
         self._folder = Checkpoints(self.checkpoints)
         self._weights = dict(self.store.attrs["weights"])
-        self._tiles = self.progress.phase(
-            "tiles", self._tiles_wanted(), "tiles", done=self._tiles_there()
-        )
         self._training = self.progress.phase(
             "training",
             len(self._steps) * self.study.iterations[-1],
             "steps",
             done=self._steps_there(),
+        )
+        self._tiles = self.progress.phase(
+            "tiles", self._tiles_wanted(), "tiles", done=self._tiles_there()
         )
         self.scheduler.add(self._tasks("distance", None))
         for checkpoint in self._all_checkpoints():
@@ -67,7 +67,7 @@ class Job:
 
     def runs_to_train(self) -> list[TrainingRun]:
         """Return the runs with a checkpoint that is needed and not there."""
-        needed = {}
+        needed: dict[TrainingRun, None] = {}
         for checkpoint in self._all_checkpoints():
             run, iteration = training_run(self.study, checkpoint)
             if not self._is_complete(checkpoint) and not self._folder.exists(run, iteration):
@@ -135,10 +135,7 @@ class Job:
         self._tiles.close()
         self._training.close()
         self.failures += sorted(
-            {
-                f"{self._name(task)}: {error}"
-                for task, error in self.scheduler.set_aside.items()
-            }
+            {f"{self._name(task)}: {error}" for task, error in self.scheduler.set_aside.items()}
         )
         if self.failures:
             raise StudyFailed(
@@ -146,7 +143,8 @@ class Job:
                 + f"{self.store.url}. Not computed:\n  "
                 + "\n  ".join(self.failures)
             )
-        self.store.set_attrs(finished=now())
+        if "finished" not in self.store.attrs:
+            self.store.set_attrs(finished=now())
 
     # Checkpoints
 

@@ -47,7 +47,7 @@ from distributed_stiffness.tiling import Task
 from distributed_stiffness.training import TrainingEvent, train
 
 WAIT_SECONDS = 1.0  # the longest pause between two looks at the cluster
-IDLE_SECONDS = 20.0  # a replica without work for so long is released while training goes on
+IDLE_SECONDS = 10.0  # a replica without work for so long is released while training goes on
 MAX_LOST_REPLICAS = 20  # replicas that may die in one run before it is given up
 MAX_LOST_TRAININGS = 3  # times that one training run may lose its worker
 
@@ -108,7 +108,7 @@ class _ReplicaActor:
         return self.replica.run(task)
 
 
-@ray.remote
+@ray.remote  # type: ignore[untyped-decorator]  # ray is not typed
 def _train(
     study: Study, run: TrainingRun, data: StudyData, checkpoints: str, shape: ReplicaShape
 ) -> Iterator[TrainingEvent]:
@@ -116,9 +116,9 @@ def _train(
     yield from train(study, run, data, Checkpoints(checkpoints), device=shape.device)
 
 
-@ray.remote
+@ray.remote  # type: ignore[untyped-decorator]
 def _free_gpu_memory() -> int:
-    return int(torch.cuda.mem_get_info()[0])
+    return torch.cuda.mem_get_info()[0]
 
 
 # The driver
@@ -260,9 +260,9 @@ class _Driver:
         job = self._job
         self._started += 1
         name = f"replica-{self._started}"
-        handle = _ReplicaActor.options(max_restarts=0, **self._shape.resources()).remote(
-            job.study, self._data, job.plan, job.store.url, job.checkpoints, self._shape
-        )
+        handle = _ReplicaActor.options(  # type: ignore[attr-defined]
+            max_restarts=0, **self._shape.resources()
+        ).remote(job.study, self._data, job.plan, job.store.url, job.checkpoints, self._shape)
         self._actors[name] = _Actor(handle, handle.ready.remote())
 
     def _replica_lost(self, name: str) -> None:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from distributed_stiffness.checkpoints import Checkpoints
 from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.errors import GradientError
-from distributed_stiffness.gradients.error_bound import error_bound, sample_examples
+from distributed_stiffness.gradients.error_bound import HALF, error_bound, sample_examples
 from distributed_stiffness.gradients.gram import Rows, concatenate, cosine, folded_product
 from distributed_stiffness.gradients.per_example import PerExampleGradients
-from distributed_stiffness.plan import ROWS_SHARE, Plan
+from distributed_stiffness.plan import BLOCK_SHARE, ROWS_SHARE, Plan
 from distributed_stiffness.store import Store, training_run
 from distributed_stiffness.study import Study
 from distributed_stiffness.tiling import Checkpoint, Task, pieces
@@ -125,7 +125,10 @@ class Replica:
             targets,
             sample.cosines,
             names=list(gradients.parameters),
-            memory=int(0.25 * self.plan.memory),
+            # Four blocks of the sample at least, so that a large network's are not made too often.
+            memory=min(
+                int(BLOCK_SHARE * self.plan.memory), max(2**28, HALF * 8 * gradients.n_parameters)
+            ),
         )
         undecided = 0
         for i, j in tiling.upper():
@@ -148,9 +151,7 @@ class Replica:
         columns = tiling.examples(task.column)
         tiles = {row: torch.empty(tiling.size(row), tiling.size(task.column)) for row in task.rows}
         strips = [
-            (row, strip)
-            for row in task.rows
-            for strip in pieces(tiling.examples(row), plan.strip)
+            (row, strip) for row in task.rows for strip in pieces(tiling.examples(row), plan.strip)
         ]
         for group in _groups(strips, plan.panel_rows // plan.strip):
             held = [self._rows(task, strip, make) for _, strip in group]
@@ -179,11 +180,7 @@ class Replica:
         plan = self.plan
         for strip in pieces(columns, plan.strip):
             key = (task.kind, task.checkpoint, strip.start)
-            whole = (
-                self._rows(task, strip, make)
-                if plan.holds_all or key in self._held
-                else None
-            )
+            whole = self._rows(task, strip, make) if plan.holds_all or key in self._held else None
             for block in pieces(strip, plan.block):
                 part = slice(block.start - strip.start, block.stop - strip.start)
                 yield block, whole[part] if whole else make(block)
@@ -207,7 +204,9 @@ class Replica:
 
     # What a checkpoint needs
 
-    def _write_examples(self, checkpoint: Checkpoint, chunk: int, task: Task, make: MakeRows) -> None:
+    def _write_examples(
+        self, checkpoint: Checkpoint, chunk: int, task: Task, make: MakeRows
+    ) -> None:
         """Write norm, loss and correct of a chunk, before the tile that says it is done."""
         examples = self.plan.tiling.examples(chunk)
         parts = [self._rows(task, strip, make) for strip in pieces(examples, self.plan.strip)]

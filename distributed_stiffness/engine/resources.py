@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from distributed_stiffness.errors import ClusterError
 
@@ -90,6 +89,6 @@ def choose_shape(
     # Several replicas a node overlap computing with writing; many would hold the same rows often.
     chosen = threads or max(1, cores // 4)
     share = min(
-        (int(MEMORY_SHARE * n.memory) // (n.cpus // chosen) for n in nodes if n.cpus >= chosen)
+        int(MEMORY_SHARE * n.memory) // (n.cpus // chosen) for n in nodes if n.cpus >= chosen
     )
     return ReplicaShape("cpu", chosen, memory or share)

@@ -78,7 +78,7 @@ def plan_study(
     Raises:
         StudyError: it does not fit.
     """
-    row_bytes, making_bytes = gradients.bytes_per_example(*_sample(study, data))
+    row_bytes, making_bytes = gradients.bytes_per_example(*_sample(data))
     plan = make_plan(
         n_examples=data.n_examples,
         n_checkpoints=len(study.iterations)
@@ -106,12 +106,10 @@ def describe(study: Study, data: StudyData) -> str:
 def _checked(study: Study, data: StudyData, progress: Progress) -> PerExampleGradients:
     """Try the network on a few examples, then its gradients against the definition."""
     model = build_model(study, data, study.training.seeds[0])
-    inputs, targets = _sample(study, data)
+    inputs, targets = _sample(data)
     check_outputs(model, inputs, data.labelled.n_classes, study.model.name)
     model.eval()
-    checked = self_check(
-        model, study.loss, inputs, targets, parameters=study.gradients.parameters
-    )
+    checked = self_check(model, study.loss, inputs, targets, parameters=study.gradients.parameters)
     progress.say(
         f"self-check: {checked.n_parameters:,} parameters, {len(targets)} examples agree with"
         f" one-example float64 autograd{_unused(checked)}"
@@ -125,7 +123,7 @@ def _checked(study: Study, data: StudyData, progress: Progress) -> PerExampleGra
     )
 
 
-def _sample(study: Study, data: StudyData) -> tuple[torch.Tensor, torch.Tensor]:
+def _sample(data: StudyData) -> tuple[torch.Tensor, torch.Tensor]:
     few = slice(0, EXAMPLES)
     labels = data.examples.labels[few]
     if len(labels) < 3:

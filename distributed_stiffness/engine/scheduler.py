@@ -49,9 +49,10 @@ class Scheduler:
 
     def add(self, tasks: Iterable[Task]) -> None:
         """New tasks; those already known are left alone."""
-        running = {task for replica in self._replicas.values() for task in replica.tasks}
+        known = self.done | set(self.set_aside)
+        known |= {task for replica in self._replicas.values() for task in replica.tasks}
         for task in tasks:
-            if task not in running | self.done and task not in self.set_aside:
+            if task not in known:
                 self._waiting.setdefault(task)
 
     def replica_ready(self, replica: str) -> None:
@@ -68,15 +69,15 @@ class Scheduler:
         """A task is finished; return whether this is the first time."""
         self._release(replica, task)
         self._waiting.pop(task, None)
+        self.set_aside.pop(task, None)
         is_new = task not in self.done
         self.done.add(task)
         return is_new
 
     def task_failed(self, replica: str, task: Task, error: str) -> None:
         """A task raised an error: it is tried elsewhere, and set aside after enough replicas."""
-        self._release(replica, task)
-        if task in self.done:
-            return
+        if not self._release(replica, task) or task in self.done or task in self.set_aside:
+            return  # late news of a lost replica, or given up meanwhile
         failed_on = self._failed_on.setdefault(task, set())
         failed_on.add(replica)
         if len(failed_on) >= self._max_failures or failed_on >= set(self._replicas):
@@ -85,7 +86,7 @@ class Scheduler:
             self._put_back([task])
 
     def give_up(self, task: Task, error: str) -> None:
-        """Set a waiting task aside: it cannot succeed."""
+        """Set a task aside: it cannot succeed. If it runs and does all the same, it is done."""
         self._waiting.pop(task, None)
         self.set_aside[task] = error
 
@@ -93,7 +94,7 @@ class Scheduler:
 
     def assign(self) -> list[Assignment]:
         """Hand waiting tasks to replicas that have room, the idlest first."""
-        assignments = []
+        assignments: list[Assignment] = []
         while True:
             free = [name for name, r in self._replicas.items() if len(r.tasks) < self._in_flight]
             free.sort(key=lambda name: len(self._replicas[name].tasks))
@@ -123,7 +124,7 @@ class Scheduler:
         return list(self._replicas[replica].tasks) if replica in self._replicas else []
 
     def _choose(self, name: str) -> Task | None:
-        open_to_it = [t for t in self._waiting if name not in self._failed_on.get(t, set())]
+        open_to_it = [task for task in self._waiting if self._may_try(name, task)]
         if not open_to_it:
             return None
         last = self._replicas[name].last
@@ -139,12 +140,20 @@ class Scheduler:
         (panel, _), *_ = left.most_common(1)
         return next(task for task in open_to_it if task.panel == panel)
 
+    def _may_try(self, name: str, task: Task) -> bool:
+        """A task goes to replicas that it has not failed on, as long as there are any."""
+        failed_on = self._failed_on.get(task, set())
+        return name not in failed_on or failed_on >= set(self._replicas)
+
     def _put_back(self, tasks: Iterable[Task]) -> None:
         """Lost tasks go first: they hold up the end of their checkpoint."""
-        back = {task: None for task in tasks if task not in self.done}
+        back = {t: None for t in tasks if t not in self.done and t not in self.set_aside}
         self._waiting = back | self._waiting
 
-    def _release(self, replica: str, task: Task) -> None:
+    def _release(self, replica: str, task: Task) -> bool:
+        """Take a task from a replica; return whether it had it."""
         held = self._replicas.get(replica)
-        if held and task in held.tasks:
-            held.tasks.remove(task)
+        if held is None or task not in held.tasks:
+            return False
+        held.tasks.remove(task)
+        return True

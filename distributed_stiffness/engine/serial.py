@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from distributed_stiffness.checkpoints import Checkpoints, TrainingRun
+from distributed_stiffness.checkpoints import Checkpoints
 from distributed_stiffness.engine.job import Job
 from distributed_stiffness.engine.replica import Replica
-
 from distributed_stiffness.training import train
 
 NAME = "this process"

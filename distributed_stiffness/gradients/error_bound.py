@@ -20,7 +20,8 @@ from distributed_stiffness.gradients.reference import Reference
 
 HALF = 48
 # The bound is the largest difference seen, times this: a sample of pairs does not hold the worst.
-MARGIN = 2.0
+# On an over-fitted net all 499,500 pairs held one 3.7 times as large (docs/design/0002-numbers.md).
+MARGIN = 5.0
 # No float32 cosine is claimed to be better than this (half a unit in the last place at 1).
 FLOOR = 6e-8
 

@@ -1,17 +1,17 @@
 """Per-example gradients of a block as rows, and the products of two blocks of rows.
 
 A row is kept in the cheapest exact form. A linear layer that sees one position keeps its two
-factors, A (its input) and D (the gradient of its output): g_i·g_j = (A_i·A_j + 1)(D_i·D_j), the 1
-for the bias; its gradient, d·p numbers, is never made. All other parameters are laid side by side
-in one dense row, so that one large product serves them all.
+factors, A (its input) and D (the gradient of its output): g_i·g_j = (A_i·A_j + b_i b_j)(D_i·D_j)
+with b the input of the bias, which is 1; its gradient, d·p numbers, is never made. All other
+parameters are laid side by side in one dense row, so that one large product serves them all.
 
 Axis letters: N rows, M columns, P parameters in dense form, d inputs, p outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,28 +27,42 @@ class Factors:
 
     A_Nd: Tensor
     D_Np: Tensor
-    bias: bool
+    b_N: Tensor  # 0 where the bias is not in play
 
-    def squared_norms(self) -> Tensor:
-        """|g|² of each row, (N,) float64."""
-        A2 = torch.linalg.vector_norm(self.A_Nd, dim=1, dtype=torch.float64).square()
-        D2 = torch.linalg.vector_norm(self.D_Np, dim=1, dtype=torch.float64).square()
-        return (A2 + self.bias) * D2
+    def input_norms(self) -> Tensor:
+        """Return (|A|² + b²)^½ of each row, (N,) float64."""
+        return torch.hypot(_norms(self.A_Nd), self.b_N.double())
 
-    def scaled(self, factor_N: Tensor) -> Factors:
-        """Multiply each row by its factor."""
-        return replace(self, D_Np=self.D_Np * factor_N.unsqueeze(1).to(self.D_Np.dtype))
+    def output_norms(self) -> Tensor:
+        """Return |D| of each row, (N,) float64."""
+        return _norms(self.D_Np)
+
+    def scaled(self, factor_N: Tensor, input_norm_N: Tensor) -> Factors:
+        """Multiply each row by its factor, and bring its inputs near norm 1.
+
+        Else a product of two A's would overflow or underflow where activations are very large, as
+        in a network that diverges, or very small. A power of two is taken: it rounds nothing.
+        """
+        size = torch.where(input_norm_N > 0, input_norm_N, 1.0)
+        power_N = torch.exp2(-torch.log2(size).round().clamp(-126, 126))
+        return Factors(
+            _times(self.A_Nd, power_N),
+            _times(self.D_Np, factor_N / power_N),
+            self.b_N * power_N.to(self.b_N.dtype),
+        )
 
     def gram(self, other: Factors) -> Tensor:
         """g_i·g_j for every pair, (N, M)."""
-        product = self.A_Nd @ other.A_Nd.T
-        if self.bias:
-            product += 1
+        product = (self.A_Nd @ other.A_Nd.T).addr_(self.b_N, other.b_N)
         return product.mul_(self.D_Np @ other.D_Np.T)
 
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.A_Nd.nbytes + self.D_Np.nbytes
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return A, D and b."""
+        return self.A_Nd, self.D_Np, self.b_N
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Factors:
+        """Apply `function` to A, D and b."""
+        return Factors(*map(function, self.tensors()))
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,7 @@ class Rows:
 
     def __getitem__(self, rows: slice) -> Rows:
         return Rows(
-            tuple(Factors(f.A_Nd[rows], f.D_Np[rows], f.bias) for f in self.factors),
+            tuple(f.map(lambda t: t[rows]) for f in self.factors),
             self.dense_NP[rows],
             self.norm[rows],
             self.loss[rows],
@@ -76,13 +90,13 @@ class Rows:
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor held, always in the same order."""
         for f in self.factors:
-            yield f.A_Nd
-            yield f.D_Np
+            yield from f.tensors()
         yield from (self.dense_NP, self.norm, self.loss, self.correct)
 
     def nbytes(self) -> int:
         """Bytes held by the gradients."""
-        return sum(f.nbytes() for f in self.factors) + self.dense_NP.nbytes
+        factors = sum(t.nbytes for f in self.factors for t in f.tensors())
+        return factors + self.dense_NP.nbytes
 
 
 def unit_rows(
@@ -95,14 +109,16 @@ def unit_rows(
     dtype: torch.dtype,
 ) -> Rows:
     """Scale each row to unit norm and cast it to `dtype`; `scale` (N,) goes into the norm."""
-    square = torch.linalg.vector_norm(dense_NP, dim=1, dtype=torch.float64).square()
-    for f in factors:
-        square = square + f.squared_norms()
+    square = _norms(dense_NP).square()
+    input_norms = [f.input_norms() for f in factors]
+    for f, size in zip(factors, input_norms, strict=True):
+        square = square + (size * f.output_norms()).square()
     length = square.sqrt()
     inverse = torch.where(length > 0, 1 / length, 0.0)
+    scaled = [f.scaled(inverse, size) for f, size in zip(factors, input_norms, strict=True)]
     return Rows(
-        tuple(_cast(f.scaled(inverse), dtype) for f in factors),
-        (dense_NP * inverse.unsqueeze(1).to(dense_NP.dtype)).to(dtype),
+        tuple(f.map(lambda t: t.to(dtype)) for f in scaled),
+        _times(dense_NP, inverse).to(dtype),
         length * scale,
         loss,
         correct,
@@ -127,7 +143,7 @@ def _empty_like(block: Rows, n: int) -> Rows:
         return torch.empty(n, *t.shape[1:], dtype=t.dtype, device=t.device)
 
     return Rows(
-        tuple(Factors(empty(f.A_Nd), empty(f.D_Np), f.bias) for f in block.factors),
+        tuple(f.map(empty) for f in block.factors),
         empty(block.dense_NP),
         empty(block.norm),
         empty(block.loss),
@@ -151,5 +167,13 @@ def folded_product(X_NP: Tensor, Y_MP: Tensor) -> Tensor:
     return total
 
 
-def _cast(f: Factors, dtype: torch.dtype) -> Factors:
-    return Factors(f.A_Nd.to(dtype), f.D_Np.to(dtype), f.bias)
+def _norms(X_NP: Tensor) -> Tensor:
+    """Return the norm of each row, (N,) float64."""
+    norms: Tensor = torch.linalg.vector_norm(X_NP, dim=1, dtype=torch.float64)
+    return norms
+
+
+def _times(X_NP: Tensor, factor_N: Tensor) -> Tensor:
+    """Multiply each row by its factor, which is cut off at the largest number of X's dtype."""
+    factor_N = factor_N.clamp(max=torch.finfo(X_NP.dtype).max)
+    return X_NP * factor_N.unsqueeze(1).to(X_NP.dtype)

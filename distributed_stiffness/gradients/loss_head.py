@@ -47,10 +47,9 @@ def loss_head(loss: Loss, outputs: Tensor, targets: Tensor) -> LossHead:
     """
     z = outputs.detach().double()
     if not torch.isfinite(z).all():
-        bad = int((~torch.isfinite(z)).flatten(1).any(1).sum())
         raise GradientError(
-            f"the network's outputs are not finite for {bad} of {len(z)} examples: its weights"
-            " have diverged, or an input is not finite"
+            f"the network's outputs are not finite for {_count_bad(z)} of {len(z)} examples: its"
+            " weights have diverged, or an input is not finite"
         )
     if loss == "cross_entropy":
         head = _cross_entropy(z, targets)
@@ -58,9 +57,12 @@ def loss_head(loss: Loss, outputs: Tensor, targets: Tensor) -> LossHead:
         head = _any_loss(loss, z, targets)
     else:
         raise ModelError(f"unknown loss {loss!r}: expected 'cross_entropy' or a callable")
-    if not torch.isfinite(head.loss).all():
-        raise GradientError(f"the loss of {int((~torch.isfinite(head.loss)).sum())} examples is"
-                            " not finite")  # fmt: skip
+    for what, values in (("loss", head.loss), ("gradient of the loss", head.direction)):
+        if not torch.isfinite(values).all():
+            raise GradientError(
+                f"the {what} of {_count_bad(values)} examples is not finite: the loss is not"
+                " defined, or not differentiable, at these outputs"
+            )
     return LossHead(head.loss, head.direction.to(outputs.dtype), head.scale, head.correct)
 
 
@@ -90,21 +92,27 @@ def _cross_entropy(z_NC: Tensor, targets: Tensor) -> LossHead:
             f" {tuple(z_NC.shape)} and targets {tuple(targets.shape)}; pass a callable"
             " (outputs, targets) -> (N,) for any other loss"
         )
-    if int(targets.max()) >= z_NC.shape[1]:
-        raise ModelError(
-            f"the network has {z_NC.shape[1]} outputs, but there is a label {int(targets.max())}"
-        )
+    if targets.is_floating_point():
+        raise ModelError(f"cross_entropy needs integer targets, got {targets.dtype}")
+    targets = targets.long()
+    for label in (int(targets.max()), int(targets.min())):
+        if not 0 <= label < z_NC.shape[1]:
+            raise ModelError(
+                f"the network has {z_NC.shape[1]} outputs, but there is a label {label}"
+            )
     y = targets.unsqueeze(1)
     # δ = p − e_y. Its direction needs only the ratios of the other classes' probabilities, which
-    # never underflow; its scale is 1 − p_y = sigmoid(log-odds against y), exact to 1e-308.
+    # never underflow; its scale is 1 − p_y = 1/(1 + exp(−log-odds against y)), exact to 1e-308. It
+    # is not let fall below: a scale, and so a norm, is 0 only where the gradient is.
     log_odds = _log_odds(z_NC, targets)
     direction = torch.softmax(z_NC.scatter(1, y, -torch.inf), 1).scatter(1, y, -1.0)
     length = torch.linalg.vector_norm(direction, dim=1)
-    scale = torch.sigmoid(log_odds) * length
+    one_minus_p = torch.exp(-_log_1p_exp(-log_odds)).clamp(min=torch.finfo(z_NC.dtype).tiny)
+    has_rivals = log_odds > -torch.inf  # not so with a single class
     return LossHead(
         loss=_log_1p_exp(log_odds),
-        direction=direction / length.unsqueeze(1),
-        scale=scale,
+        direction=direction * (has_rivals / length).unsqueeze(1),
+        scale=one_minus_p * length * has_rivals,
         correct=z_NC.argmax(1) == targets,
     )
 
@@ -119,12 +127,25 @@ def _any_loss(loss: Callable[[Tensor, Tensor], Tensor], z: Tensor, targets: Tens
                 " expected one number an example (reduction='none')"
             )
         (delta,) = torch.autograd.grad(losses.sum(), z)
-    scale = torch.linalg.vector_norm(delta.flatten(1), dim=1)
-    safe = torch.where(scale > 0, scale, 1.0)
+    # Scaled twice: the squares of a norm would overflow or underflow long before it does.
+    peak = delta.reshape(len(delta), -1).abs().amax(1)
+    direction = delta / _beside(torch.where(peak > 0, peak, 1.0), delta)
+    length = torch.linalg.vector_norm(direction.reshape(len(delta), -1), dim=1)
+    direction = direction / _beside(torch.where(length > 0, length, 1.0), delta)
     is_class = z.dim() == 2 and targets.shape == z.shape[:1] and not targets.is_floating_point()
     return LossHead(
         loss=losses.detach(),
-        direction=delta / safe.reshape(-1, *[1] * (z.dim() - 1)),
-        scale=scale,
-        correct=z.argmax(1) == targets if is_class else torch.zeros_like(scale, dtype=torch.bool),
+        direction=direction,
+        scale=peak * length,
+        correct=z.argmax(1) == targets if is_class else torch.zeros_like(peak, dtype=torch.bool),
     )
+
+
+def _beside(values_N: Tensor, like: Tensor) -> Tensor:
+    """Give `values_N` as many dimensions as `like` has."""
+    return values_N.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def _count_bad(values: Tensor) -> int:
+    """Examples with a value that is not finite."""
+    return int((~torch.isfinite(values)).reshape(len(values), -1).any(1).sum())

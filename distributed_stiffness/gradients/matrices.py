@@ -154,13 +154,13 @@ def class_cosine_matrix(
     sums = torch.zeros(n_classes, gradients.n_parameters, dtype=torch.float64)
     counts = torch.zeros(n_classes, dtype=torch.float64)
     for rows in pieces(slice(0, n), block):
-        parts = gradients.materialised(take(examples[0], rows), examples[1][rows])
-        flat = torch.cat([p.flatten(1).cpu() for p in parts.values()], dim=1)
-        norm = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-        sums.index_add_(0, labels[rows], flat / torch.where(norm > 0, norm, 1.0))
-        counts.index_add_(0, labels[rows], (norm > 0).double().squeeze(1))
+        parts = gradients.materialised(take(examples[0], rows), examples[1][rows], unit=True)
+        units = torch.cat([p.flatten(1).double().cpu() for p in parts.values()], dim=1)
+        sums.index_add_(0, labels[rows], units)
+        counts.index_add_(0, labels[rows], units.any(1).double())
     products = sums @ sums.T
     own = (products.diagonal() - counts) / (counts * (counts - 1))
+    own[counts < 2] = torch.nan
     means = products / (counts[:, None] * counts)
     means.diagonal().copy_(own)
     return xr.DataArray(
@@ -178,11 +178,16 @@ def _gradients(
     parameters: Sequence[str] | None,
     precision: str,
 ) -> PerExampleGradients:
+    _require_a_target_each(examples)
+    inputs, targets = examples
+    sample = take(inputs, slice(3)), targets[:3]
+    return PerExampleGradients(model, loss, sample, parameters=parameters, precision=precision)
+
+
+def _require_a_target_each(examples: Examples) -> None:
     inputs, targets = examples
     if len(targets) != count_examples(inputs):
         raise ModelError(f"{count_examples(inputs)} inputs, but {len(targets)} targets")
-    sample = take(inputs, slice(3)), targets[:3]
-    return PerExampleGradients(model, loss, sample, parameters=parameters, precision=precision)
 
 
 def _matrix(
@@ -194,6 +199,7 @@ def _matrix(
     """Return all cosines, panel by panel, and the norms of rows and columns."""
     plan = _plan(gradients, examples, memory)
     columns = others or examples
+    _require_a_target_each(columns)
     n, m = count_examples(examples[0]), count_examples(columns[0])
     values = np.empty((n, m), dtype=np.float32)
     norms = np.empty(n), np.empty(m)
@@ -221,9 +227,7 @@ def _rows_of(gradients: PerExampleGradients, examples: Examples) -> Callable[[sl
 
 def _plan(gradients: PerExampleGradients, examples: Examples, memory: int | None) -> Plan:
     few = slice(3)
-    row_bytes, making_bytes = gradients.bytes_per_example(
-        take(examples[0], few), examples[1][few]
-    )
+    row_bytes, making_bytes = gradients.bytes_per_example(take(examples[0], few), examples[1][few])
     n = count_examples(examples[0])
     return make_plan(
         n_examples=n,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -99,7 +100,8 @@ class PerExampleGradients:
             for use in capture.uses
         )
         wide = self.precision.network.itemsize // self.precision.rows.itemsize
-        return row, 2 * captured // len(rows) + 3 * wide * row
+        # At least 1: where no parameter is used a row is empty.
+        return max(1, row), max(1, 2 * captured // len(rows) + 3 * wide * row)
 
     def rows(self, inputs: Inputs, targets: Tensor) -> Rows:
         """Return the unit gradients of a block of examples, with their norms and losses."""
@@ -116,15 +118,25 @@ class PerExampleGradients:
             dtype=self.precision.rows,
         )
 
-    def materialised(self, inputs: Inputs, targets: Tensor) -> dict[str, Tensor]:
-        """Return every parameter's gradient for each example, (N, *shape), at true scale."""
+    def materialised(
+        self, inputs: Inputs, targets: Tensor, *, unit: bool = False
+    ) -> dict[str, Tensor]:
+        """Return every parameter's gradient for each example, (N, *shape).
+
+        At true scale, or with each example's whole gradient at unit norm (0 stays 0), which is
+        there also where the squares of the true one are below 1e-308.
+        """
         inputs, targets = self._prepared(inputs, targets)
         with full_float32():
             head, uses = self._differentiate(inputs, targets)
             gradients = self._by_parameter(inputs, head, uses, tuple(self.parameters))
-        n = count_examples(inputs)
+        factor = head.scale
+        if unit:
+            norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients.values()]
+            length = torch.linalg.vector_norm(torch.stack(norms).double(), dim=0)
+            factor = torch.where(length > 0, 1 / length, 0.0)
         return {
-            name: g * head.scale.to(g.dtype).reshape(n, *[1] * (g.dim() - 1))
+            name: g * factor.to(g.dtype).reshape(-1, *[1] * (g.dim() - 1))
             for name, g in gradients.items()
         }
 
@@ -179,7 +191,10 @@ class PerExampleGradients:
         two = take(inputs, slice(2))
         head, _ = self._differentiate(two, targets[:2])
         try:
-            self._functional(two, head, tuple(names))
+            with warnings.catch_warnings():
+                # Where torch.func has no batched kernel it loops too, under a warning of its own.
+                warnings.filterwarnings("error", "There is a performance drop")
+                self._functional(two, head, tuple(names))
         except Exception as error:  # whatever torch.func cannot trace: any type of error
             modules = sorted({name.rpartition(".")[0] or "the network" for name in names})
             warnings.warn(
@@ -231,10 +246,9 @@ class PerExampleGradients:
     def _factors(self, uses: list[tuple[str, Use, Tensor]]) -> Factors:
         ((_, use, grad),) = uses
         n = grad.shape[0]
-        weight = use.names["weight"]
-        return Factors(
-            use.call.input.reshape(n, -1), grad.reshape(n, -1), weight in self.recipe.biases
-        )
+        has_bias = use.names["weight"] in self.recipe.biases
+        b_N = grad.new_full((n,), float(has_bias))
+        return Factors(use.call.input.reshape(n, -1), grad.reshape(n, -1), b_N)
 
     def _dense(
         self,
@@ -247,7 +261,7 @@ class PerExampleGradients:
         sizes = [self.parameters[name].numel() for name in self.recipe.dense]
         dense = torch.empty(n, sum(sizes), dtype=self.precision.network, device=self.device)
         parts = self._by_parameter(inputs, head, uses, self.recipe.dense)
-        for name, place in zip(self.recipe.dense, dense.split(sizes, dim=1), strict=True):
+        for name, place in zip(self.recipe.dense, torch.split(dense, sizes, 1), strict=True):
             place.copy_(parts.pop(name).reshape(n, -1))
         return dense
 
@@ -260,16 +274,21 @@ class PerExampleGradients:
     ) -> dict[str, Tensor]:
         n, recipe = count_examples(inputs), self.recipe
         parts: dict[str, Tensor] = {}
-        for name in set(names) - {*recipe.functional, *recipe.one_by_one}:
+        for name in names:
+            if name in recipe.functional or name in recipe.one_by_one:
+                continue
             # The uses of a shared parameter add up before anything is multiplied.
             terms = [use.rule.per_example(role, use.call, grad) for role, use, grad in uses[name]]
-            shape = (n, *self.parameters[name].shape)
-            parts[name] = sum(terms) if terms else torch.zeros(shape, device=self.device)  # type: ignore[assignment]
+            parts[name] = (
+                functools.reduce(torch.add, terms)
+                if terms
+                else self.parameters[name].new_zeros(n, *self.parameters[name].shape)
+            )
         if recipe.functional:
             parts |= self._functional(inputs, head, recipe.functional)
         if recipe.one_by_one:
             parts |= self._one_by_one(inputs, head, recipe.one_by_one)
-        return parts
+        return {name: parts[name] for name in names}
 
     def _functional(
         self, inputs: Inputs, head: LossHead, names: tuple[str, ...]
@@ -278,9 +297,11 @@ class PerExampleGradients:
 
         def projected(chosen: dict[str, Tensor], one: Inputs, direction: Tensor) -> Tensor:
             batch = _batch_of_one(one)
-            args = batch if isinstance(batch, tuple) else () if isinstance(batch, dict) else (batch,)
+            args = (
+                batch if isinstance(batch, tuple) else () if isinstance(batch, dict) else (batch,)
+            )
             kwargs = batch if isinstance(batch, dict) else None
-            outputs = torch.func.functional_call(self.model, chosen, args, kwargs)
+            outputs: Tensor = torch.func.functional_call(self.model, chosen, args, kwargs)
             return (outputs.squeeze(0) * direction).sum()
 
         # No graph over the parameters that are not asked for; of the attention kernels only the
@@ -300,9 +321,15 @@ class PerExampleGradients:
                 projected = (outputs * head.direction[i : i + 1]).sum()
                 grads = torch.autograd.grad(projected, tensors, allow_unused=True)
             found.append(
-                [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, grads, strict=True)]
+                [
+                    torch.zeros_like(t) if g is None else g
+                    for t, g in zip(tensors, grads, strict=True)
+                ]
             )
-        return {name: torch.stack(column) for name, column in zip(names, zip(*found, strict=True), strict=True)}
+        return {
+            name: torch.stack(column)
+            for name, column in zip(names, zip(*found, strict=True), strict=True)
+        }
 
 
 def _batch_of_one(one: Inputs) -> Inputs:
@@ -320,7 +347,9 @@ def parameters_in_play(model: nn.Module, patterns: Sequence[str] | None) -> dict
     Raises:
         ModelError: none is left, or a pattern matches nothing.
     """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable: dict[str, Tensor] = {
+        name: p for name, p in model.named_parameters() if p.requires_grad
+    }
     if patterns is not None:
         for pattern in patterns:
             if not fnmatch.filter(trainable, pattern):
@@ -356,11 +385,19 @@ def refuse_dependence(model: nn.Module) -> None:
                     " example's gradient would depend on its batch: build it with"
                     " track_running_stats=True, or use another normalisation"
                 )
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+        if module.training and _dropout_share(module) > 0:
             raise GradientError(
-                f"dropout {name!r} is active, so that gradients would be random: call"
+                f"the dropout of {name!r} is active, so that gradients would be random: call"
                 " model.eval() first"
             )
+
+
+def _dropout_share(module: nn.Module) -> float:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p
+    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+        return float(module.dropout)
+    return 0.0
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -8,13 +8,24 @@ checkpoint are differences from these numbers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from distributed_stiffness.gradients.batches import Inputs, call, count_examples, prepare, take
-from distributed_stiffness.gradients.loss_head import Loss, cross_entropy
+from distributed_stiffness.gradients.loss_head import Loss
+
+
+def _log_odds(z: Tensor, targets: Tensor) -> Tensor:
+    """log((1 − p_y)/p_y) of each example, (N,)."""
+    is_target = torch.arange(z.shape[1], device=z.device) == targets.unsqueeze(1)
+    return torch.logsumexp(z.masked_fill(is_target, -torch.inf), 1) - z[is_target]
+
+
+def _cross_entropy(z: Tensor, targets: Tensor) -> Tensor:
+    log_odds = _log_odds(z, targets)
+    return torch.logaddexp(log_odds, torch.zeros_like(log_odds))
 
 
 class Reference:
@@ -23,37 +34,51 @@ class Reference:
     def __init__(self, model: nn.Module, loss: Loss, names: Sequence[str]) -> None:
         self.model = copy.deepcopy(model).double()
         double = copy.deepcopy(loss).double() if isinstance(loss, nn.Module) else loss
-        self.loss = cross_entropy if isinstance(double, str) else double
+        self.loss = _cross_entropy if isinstance(double, str) else double
+        # Cross-entropy rises with its log-odds, so that both have gradients of one direction; that
+        # of the log-odds is there also where the other is below 1e-308.
+        self.same_direction = _log_odds if isinstance(double, str) else double
         by_name = dict(self.model.named_parameters())
         self.parameters = {name: by_name[name] for name in names}
 
     def gradient(self, inputs: Inputs, targets: Tensor, index: int) -> dict[str, Tensor]:
         """Return ∂loss/∂parameter of one example, at true scale."""
+        return self._differentiate(self.loss, inputs, targets, index)
+
+    def _differentiate(
+        self, loss: Callable[[Tensor, Tensor], Tensor], inputs: Inputs, targets: Tensor, index: int
+    ) -> dict[str, Tensor]:
         device = next(iter(self.parameters.values())).device
         one = prepare(take(inputs, slice(index, index + 1)), torch.float64, device)
         with torch.enable_grad():
-            loss = self.loss(call(self.model, one), targets[index : index + 1].to(device)).sum()
-            grads = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+            value = loss(call(self.model, one), targets[index : index + 1].to(device)).sum()
+            grads = torch.autograd.grad(value, list(self.parameters.values()), allow_unused=True)
         return {
             name: torch.zeros_like(p) if g is None else g
             for (name, p), g in zip(self.parameters.items(), grads, strict=True)
         }
 
+    @property
+    def n_parameters(self) -> int:
+        """P."""
+        return sum(p.numel() for p in self.parameters.values())
+
     def unit_gradients(self, inputs: Inputs, targets: Tensor) -> Tensor:
         """Return the flattened unit gradients of all examples, (N, P) float64; 0 stays 0."""
-        rows = []
-        for i in range(count_examples(inputs)):
-            flat = torch.cat([g.flatten() for g in self.gradient(inputs, targets, i).values()])
-            norm = torch.linalg.vector_norm(flat)
-            # Two steps: 1/norm overflows for gradients below 1e-308.
-            rows.append(flat / norm if norm > 0 else flat)
-        return torch.stack(rows)
+        first = next(iter(self.parameters.values()))
+        rows = first.new_empty(count_examples(inputs), self.n_parameters)
+        for i, row in enumerate(rows):
+            parts = self._differentiate(self.same_direction, inputs, targets, i).values()
+            torch.cat([g.flatten() for g in parts], out=row)
+            for order in (torch.inf, 2):  # the squares of a gradient underflow long before it does
+                size = torch.linalg.vector_norm(row, order)
+                row /= torch.where(size > 0, size, 1.0)
+        return rows
 
     def cosines(self, inputs: Inputs, targets: Tensor, *, memory: int) -> Tensor:
         """cos(g_i, g_j) of all pairs, (N, N) float64, holding at most about `memory` bytes."""
         n = count_examples(inputs)
-        row_bytes = 8 * sum(p.numel() for p in self.parameters.values())
-        block = max(1, min(n, memory // (2 * row_bytes)))
+        block = max(1, min(n, memory // (2 * 8 * self.n_parameters)))
         starts = range(0, n, block)
         result = torch.empty(n, n, dtype=torch.float64)
         for a in starts:

@@ -81,7 +81,7 @@ def check_outputs(model: nn.Module, inputs: torch.Tensor, n_classes: int, name: 
     try:
         with torch.no_grad():
             outputs = model(inputs)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ModelError(
             f"model {name!r} does not take inputs of shape {tuple(inputs.shape)}: {error}"
         ) from error

@@ -5,6 +5,7 @@ The activation is not named in the sources at hand; ReLU is taken.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch import nn
@@ -28,7 +29,7 @@ def cnn(
         )
     sizes = [input_shape[0], *channels]
     layers: list[nn.Module] = []
-    for d, p in zip(sizes[:-1], sizes[1:], strict=True):
+    for d, p in itertools.pairwise(sizes):
         layers += [nn.Conv2d(d, p, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
     height, width = (side >> halvings for side in input_shape[1:])
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(sizes[-1] * height * width, n_classes))

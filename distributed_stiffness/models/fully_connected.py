@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -14,6 +15,6 @@ def fully_connected(
     """Build a ReLU network on flattened inputs; `widths` are those of the hidden layers."""
     sizes = [math.prod(input_shape), *widths]
     layers: list[nn.Module] = [nn.Flatten()]
-    for d, p in zip(sizes[:-1], sizes[1:], strict=True):
+    for d, p in itertools.pairwise(sizes):
         layers += [nn.Linear(d, p), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], n_classes))

@@ -50,7 +50,7 @@ class Convolution(Rule):
         weight, n = call.parameters["weight"], grad_output.shape[0]
         groups = call.settings["groups"]
         stacked = weight.detach().expand(n, *weight.shape).flatten(0, 1)
-        grad = torch.ops.aten.convolution_backward(
+        grad: Tensor = torch.ops.aten.convolution_backward(
             grad_output.flatten(0, 1).unsqueeze(0),
             call.input.flatten(0, 1).unsqueeze(0),
             stacked,

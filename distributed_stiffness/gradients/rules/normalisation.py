@@ -32,7 +32,7 @@ class _Affine(Rule):
 
     def covers(self, named: dict[str, Any]) -> bool:
         """Whether the output of an example depends on that example alone."""
-        return named["input"].dim() >= 2
+        return bool(named["input"].dim() >= 2)
 
     @abstractmethod
     def normalised(self, call: Call) -> Tensor:
@@ -69,16 +69,14 @@ class BatchNorm(_Affine):
     def normalised(self, call: Call) -> Tensor:
         """Return (x − running mean) / sqrt(running variance + eps)."""
         s = call.settings
-        return F.batch_norm(
-            call.input, s["running_mean"], s["running_var"], eps=s.get("eps", 1e-5)
-        )
+        return F.batch_norm(call.input, s["running_mean"], s["running_var"], eps=s.get("eps", 1e-5))
 
 
 class LayerNorm(_Affine):
     """Layer normalisation over the last dimensions."""
 
     name = "layer_norm"
-    arguments = ("input", "normalized_shape", "weight", "bias", "eps")
+    arguments: tuple[str, ...] = ("input", "normalized_shape", "weight", "bias", "eps")
     channels_first = False
 
     def covers(self, named: dict[str, Any]) -> bool:
@@ -132,7 +130,7 @@ class InstanceNorm(_Affine):
 
     def covers(self, named: dict[str, Any]) -> bool:
         """Running statistics go through another kernel: torch.func does those."""
-        return named.get("use_input_stats", True) and named["input"].dim() >= 3
+        return bool(named.get("use_input_stats", True) and named["input"].dim() >= 3)
 
     def normalised(self, call: Call) -> Tensor:
         """Return each channel of each example with mean 0 and variance 1."""

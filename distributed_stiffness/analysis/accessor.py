@@ -1,0 +1,95 @@
+"""`ds.stiffness`: the reductions as methods of any open store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+
+from distributed_stiffness.analysis.classes import (
+    class_matrix,
+    row_sums,
+    superclass_matrix,
+    within_between,
+)
+from distributed_stiffness.analysis.critical_length import critical_length
+from distributed_stiffness.analysis.curves import checkpoint_curves
+from distributed_stiffness.analysis.distance import distance_profile
+from distributed_stiffness.analysis.pairs import Splits
+from distributed_stiffness.analysis.summary import Summary, summary
+from distributed_stiffness.progress import Progress
+
+
+@xr.register_dataset_accessor("stiffness")  # type: ignore[no-untyped-call]
+class StiffnessAccessor:
+    """Reductions of a store that `xarray.open_zarr` opened.
+
+    Each method is the function of the same name in `distributed_stiffness.analysis`; results are
+    lazy until `.compute()`.
+
+    Example:
+        import distributed_stiffness.analysis
+        matrix = xarray.open_zarr(path).stiffness.class_matrix().compute()
+    """
+
+    def __init__(self, ds: xr.Dataset) -> None:
+        self._ds = ds
+
+    @property
+    def sign(self) -> xr.DataArray:
+        """Sign stiffness of every pair: 1, 0 or −1; NaN where it is not computed yet."""
+        cosine = self._ds["cosine"]
+        return cosine.copy(data=np.sign(cosine.data)).assign_attrs(
+            long_name="sign of the product of two loss gradients",
+            units="1",
+            description="1 where a small gradient step on one example lowers the loss of the"
+            " other, -1 where it raises it; NaN: not computed yet.",
+        )
+
+    def row_sums(self, by: str = "class_name", *, splits: Splits | None = None) -> xr.Dataset:
+        """See `distributed_stiffness.analysis.row_sums`."""
+        return row_sums(self._ds, by, splits=splits)
+
+    def class_matrix(self, by: str = "class_name", *, splits: Splits | None = None) -> xr.Dataset:
+        """See `distributed_stiffness.analysis.class_matrix`."""
+        return class_matrix(self._ds, by, splits=splits)
+
+    def superclass_matrix(self, *, splits: Splits | None = None) -> xr.Dataset:
+        """See `distributed_stiffness.analysis.superclass_matrix`."""
+        return superclass_matrix(self._ds, splits=splits)
+
+    def within_between(self, *, splits: Splits | None = None) -> xr.Dataset:
+        """See `distributed_stiffness.analysis.within_between`."""
+        return within_between(self._ds, splits=splits)
+
+    def distance_profile(
+        self,
+        bins: int = 20,
+        edges: Sequence[float] | np.ndarray | None = None,
+        *,
+        splits: Splits | None = None,
+    ) -> xr.Dataset:
+        """See `distributed_stiffness.analysis.distance_profile`."""
+        return distance_profile(self._ds, bins, edges, splits=splits)
+
+    def critical_length(
+        self,
+        bins: int = 20,
+        edges: Sequence[float] | np.ndarray | None = None,
+        *,
+        splits: Splits | None = None,
+    ) -> xr.Dataset:
+        """Critical length of the distance profile with these bins."""
+        profile = distance_profile(self._ds, bins, edges, splits=splits)
+        return critical_length(profile)
+
+    def curves(self) -> xr.Dataset:
+        """See `distributed_stiffness.analysis.checkpoint_curves`."""
+        return checkpoint_curves(self._ds)
+
+    def summary(
+        self, *, bins: int = 20, splits: Splits | None = None, progress: Progress | None = None
+    ) -> Summary:
+        """Compute everything at once: see `distributed_stiffness.analysis.summary`."""
+        return summary(self._ds, bins=bins, splits=splits, progress=progress)

@@ -1,0 +1,283 @@
+"""Which pairs of a store count, and in which group each of their examples is.
+
+Everything that the reductions must agree on is settled here once: the splits, what a self-pair is,
+which gradients are zero, and the order of the classes. All of it is read from labels and gradient
+norms, O(N), when a reduction is asked for; the pairs are read only when it is computed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from distributed_stiffness.errors import DataError
+
+Splits = tuple[str, str]  # of the rows and of the columns, such as ("train", "validation")
+
+# Edge of a block where the data are in memory; a store keeps its own chunks.
+BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """In which group (class, super-class, …) each row and each column is."""
+
+    by: str  # name of the coordinate, such as "class_name"
+    names: np.ndarray  # (n_groups,) in class order
+    rows: np.ndarray  # (N,) int64, position in `names`
+    columns: np.ndarray  # (M,) int64
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a block of pairs must know of its rows and columns."""
+
+    rows: np.ndarray  # (i,) int64, identity of the example
+    columns: np.ndarray  # (j,) int64, the same number for the same example
+    row_groups: np.ndarray  # (i,) int64
+    column_groups: np.ndarray  # (j,) int64
+    row_zero: np.ndarray  # (…, i) bool, the gradient is zero
+    column_zero: np.ndarray  # (…, j) bool
+
+    def of_block(self, block_info: Any) -> Labels:
+        """Return the labels of one block, from what dask's map_blocks says of its first array."""
+        places: list[Any] = [slice(*place) for place in block_info[0]["array-location"]]
+        *lead, i, j = places
+        return Labels(
+            rows=self.rows[i],
+            columns=self.columns[j],
+            row_groups=self.row_groups[i],
+            column_groups=self.column_groups[j],
+            row_zero=self.row_zero[*lead, ..., i],
+            column_zero=self.column_zero[*lead, ..., j],
+        )
+
+    def self_pairs(self) -> np.ndarray | None:
+        """Return where row and column are one example (i, j), or None where nowhere."""
+        if not np.isin(self.rows, self.columns).any():
+            return None
+        return np.asarray(self.rows[:, None] == self.columns)
+
+    def zero_pairs(self) -> np.ndarray | None:
+        """Return where a gradient of the pair is zero (…, i, j), or None where nowhere."""
+        if not (self.row_zero.any() or self.column_zero.any()):
+            return None
+        return np.asarray(self.row_zero[..., :, None] | self.column_zero[..., None, :])
+
+
+def select(ds: xr.Dataset, splits: Splits | None) -> xr.Dataset:
+    """Return the pairs of two splits, in dask blocks, with what tells which pairs count.
+
+    Args:
+        ds: a store, or a part of one.
+        splits: of the rows and of the columns; None: validation with validation where there are
+            several splits, else the one that there is.
+
+    Returns:
+        Dataset with cosine (…, example, other); distance (example, other) where `ds` has it;
+        row_zero (…, example) and column_zero (…, other), true where a gradient is zero; and the
+        coordinates row_identity (example) and column_identity (other), equal for a self-pair.
+
+    Raises:
+        DataError: there are no cosines, or not the splits asked for.
+    """
+    if "cosine" not in ds or not {"example", "other"} <= set(ds["cosine"].dims):
+        raise DataError(
+            f"expected a variable cosine (…, example, other), found {list(map(str, ds.data_vars))}:"
+            " open a store of this program with xarray.open_zarr"
+        )
+    ds = _with_identities(with_labels_in_memory(ds))
+    cosine = ds["cosine"].transpose(..., "example", "other")
+    chosen = xr.Dataset({"cosine": cosine, **_zero_gradients(ds)}, attrs=ds.attrs)
+    if "distance" in ds:
+        chosen["distance"] = ds["distance"].transpose("example", "other")
+    chosen, attr = _of_splits(chosen, splits)
+    return _in_blocks(chosen).assign_attrs(splits=attr)
+
+
+def labels(chosen: xr.Dataset, groups: Grouping) -> Labels:
+    """Return what blocks must know, from `select` and `grouping`."""
+    lead = {dim: chosen.sizes[dim] for dim in leading_dims(chosen)}
+    zero = {}
+    for name, dim in (("row_zero", "example"), ("column_zero", "other")):
+        missing = {d: n for d, n in lead.items() if d not in chosen[name].dims}
+        zero[name] = chosen[name].expand_dims(missing).transpose(*lead, dim).values
+    return Labels(
+        rows=chosen["row_identity"].values,
+        columns=chosen["column_identity"].values,
+        row_groups=groups.rows,
+        column_groups=groups.columns,
+        **zero,
+    )
+
+
+def origin(ds: xr.Dataset) -> dict[Hashable, Any]:
+    """Return the attributes of a store that a result keeps: what was looked at."""
+    kept = ("title", "dataset", "model", "preprocessing")
+    return {name: ds.attrs[name] for name in kept if name in ds.attrs}
+
+
+def with_labels_in_memory(ds: xr.Dataset) -> xr.Dataset:
+    """Read coordinates and gradient norms, which every reduction looks at."""
+    small = ds.drop_vars([name for name in ds.data_vars if name != "gradient_norm"]).compute()
+    # As objects: numpy casts its own variable-length text to nothing else.
+    text = {
+        name: coordinate.astype(object)
+        for name, coordinate in small.coords.items()
+        if coordinate.dtype.kind == "T"
+    }
+    ds = ds.assign_coords(small.coords).assign_coords(text)
+    return ds.assign(gradient_norm=small["gradient_norm"]) if "gradient_norm" in ds else ds
+
+
+def grouping(chosen: xr.Dataset, by: str) -> Grouping:
+    """Return the groups of rows and columns by one of their coordinates.
+
+    The order of the groups is that of the store's attribute with the names of all classes
+    (`class_names`, `superclass_names`), else alphabetical. Groups without an example are left out.
+
+    Raises:
+        DataError: the coordinate is not there.
+    """
+    twin = f"other_{by}"
+    if by not in chosen.coords or twin not in chosen.coords:
+        hint = (
+            "this data set has no super-classes; use class_matrix"
+            if by == "superclass_name"
+            else "give both, or group by one that is there"
+        )
+        raise DataError(
+            f"cannot group by {by!r}: the store has no coordinates {by!r} and {twin!r}, only"
+            f" {sorted(map(str, chosen.coords))}: {hint}"
+        )
+    rows, columns = chosen[by].values, chosen[twin].values
+    found = {*rows.tolist(), *columns.tolist()}
+    ordered = [name for name in _listed(chosen.attrs.get(f"{by}s")) if name in found]
+    names = ordered + sorted(found - set(ordered))
+    place = {name: k for k, name in enumerate(names)}
+    return Grouping(
+        by=by,
+        names=_array_of(names),
+        rows=np.array([place[name] for name in rows.tolist()], dtype=np.int64),
+        columns=np.array([place[name] for name in columns.tolist()], dtype=np.int64),
+    )
+
+
+def leading_dims(chosen: xr.Dataset) -> tuple[Hashable, ...]:
+    """Return the dimensions that tell checkpoints apart."""
+    return tuple(chosen["cosine"].dims[:-2])
+
+
+def checkpoint_coordinates(ds: xr.Dataset) -> dict[Hashable, xr.DataArray]:
+    """Return the coordinates, and the training curves as coordinates, of the checkpoints.
+
+    They travel with every result, so that a figure can say when a matrix was taken.
+    """
+    lead = set(ds["cosine"].dims) - {"example", "other"}
+    known = {
+        name: coordinate for name, coordinate in ds.coords.items() if set(coordinate.dims) <= lead
+    }
+    curves = {
+        name: ds[name]
+        for name in ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
+        if name in ds and set(ds[name].dims) <= lead
+    }
+    return known | curves
+
+
+def _with_identities(ds: xr.Dataset) -> xr.Dataset:
+    """Number the examples by split and `example`, rows and columns alike."""
+    n = ds.sizes["example"]
+    names = np.concatenate([ds["example"].values, ds["other"].values])
+    _, example = np.unique(names, return_inverse=True)
+    identity = example.astype(np.int64)
+    if "split" in ds.coords and "other_split" in ds.coords:
+        splits = np.concatenate([ds["split"].values, ds["other_split"].values]).astype(str)
+        _, split = np.unique(splits, return_inverse=True)
+        identity += split * (identity.max() + 1)
+    return ds.assign_coords(
+        row_identity=("example", identity[:n]), column_identity=("other", identity[n:])
+    )
+
+
+def _zero_gradients(ds: xr.Dataset) -> dict[str, xr.Variable]:
+    """Return which gradients are zero, of rows and of columns.
+
+    A column whose example is not among the rows is taken as not zero: its norm is not known.
+    """
+    rows, columns = ds["row_identity"].values, ds["column_identity"].values
+    if "gradient_norm" not in ds:
+        return {
+            "row_zero": xr.Variable("example", np.zeros(len(rows), dtype=bool)),
+            "column_zero": xr.Variable("other", np.zeros(len(columns), dtype=bool)),
+        }
+    zero = (ds["gradient_norm"] == 0).transpose(..., "example").variable
+    first, position = np.unique(rows, return_index=True)
+    place = np.searchsorted(first, columns).clip(max=len(first) - 1)
+    found = first[place] == columns
+    of_columns = zero.isel(example=position[place])
+    column_zero = xr.Variable((*zero.dims[:-1], "other"), of_columns.values & found)
+    return {"row_zero": zero, "column_zero": column_zero}
+
+
+def _of_splits(chosen: xr.Dataset, splits: Splits | None) -> tuple[xr.Dataset, str]:
+    """Keep the rows and columns of two splits; say which in one word."""
+    if "split" not in chosen.coords or "other_split" not in chosen.coords:
+        if splits is not None:
+            raise DataError(
+                f"splits is {splits!r}, but the store does not tell splits apart (no coordinates"
+                " split and other_split): leave splits out"
+            )
+        return chosen, "all"
+    rows, columns = (chosen[name].values.astype(str) for name in ("split", "other_split"))
+    if splits is None:
+        found = sorted({*rows.tolist(), *columns.tolist()})
+        if len(found) > 1 and "validation" not in found:
+            raise DataError(f"several splits, {found}, and none is 'validation': give splits")
+        splits = (found[0], found[0]) if len(found) == 1 else ("validation", "validation")
+    keep = rows == splits[0], columns == splits[1]
+    for wanted, mask, there in zip(splits, keep, (rows, columns), strict=True):
+        if not mask.any():
+            raise DataError(
+                f"splits is {splits!r}, but there is no example of split {wanted!r}; there are"
+                f" {sorted(set(there.tolist()))}"
+            )
+    chosen = chosen.isel(example=_indexer(keep[0]), other=_indexer(keep[1]))
+    return chosen, f"{splits[0]}-{splits[1]}"
+
+
+def _indexer(mask: np.ndarray) -> slice | np.ndarray:
+    """Return a slice where one will do: it costs dask nothing."""
+    where = np.flatnonzero(mask)
+    if where[-1] - where[0] + 1 == len(where):
+        return slice(int(where[0]), int(where[-1]) + 1)
+    return where
+
+
+def _in_blocks(chosen: xr.Dataset) -> xr.Dataset:
+    if chosen["cosine"].chunks is not None:
+        return chosen
+    lead = dict.fromkeys(leading_dims(chosen), 1)
+    pairs = chosen[["cosine", *(["distance"] if "distance" in chosen else [])]]
+    return chosen.assign(pairs.chunk({**lead, "example": BLOCK, "other": BLOCK}).data_vars)
+
+
+def _listed(names: object) -> list[str]:
+    if isinstance(names, str):
+        names = json.loads(names)
+    return list(names) if isinstance(names, list | tuple) else []
+
+
+def _array_of(names: Sequence[str]) -> np.ndarray:
+    """Return names as objects, the type that xarray and zarr keep as variable-length text."""
+    array = np.empty(len(names), dtype=object)
+    array[:] = names
+    return array if all(isinstance(name, str) for name in names) else np.array(names)

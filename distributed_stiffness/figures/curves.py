@@ -1,0 +1,152 @@
+"""Stiffness and training curves against optimiser steps (Fort et al. v3, Figure 3)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import matplotlib
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
+from distributed_stiffness.figures.checkpoints import details, rate_title, seeds_note, with_run_dims
+from distributed_stiffness.figures.style import heading, style
+
+# Above this share, undecided signs are no longer a detail of the sign stiffness.
+NOTABLE_SHARE = 1e-3
+_MARKERS = "os^Dv<>p"
+
+LineStyle = Literal["-", "--"]
+_SOLID: LineStyle = "-"
+_DASHED: LineStyle = "--"
+
+
+def stiffness_curves(within_between: xr.Dataset, curves: xr.Dataset) -> Figure:
+    """Draw stiffness within and between classes over training, above loss and accuracy.
+
+    One colour for each learning rate; the mean over seeds, with thin lines for each seed where
+    there are several. All four panels share the axis of steps, logarithmic but for step 0.
+
+    Args:
+        within_between: of the function of that name.
+        curves: of `checkpoint_curves`.
+    """
+    stiffness, training = with_run_dims(within_between), with_run_dims(curves)
+    stiffness = stiffness.drop_vars([n for n in stiffness.coords if n in training.data_vars])
+    with style():
+        figure = Figure(figsize=(9.6, 6.4), layout="constrained")
+        axes = figure.subplots(2, 2, sharex=True)
+        for ax, measure in zip(axes[0], ("sign", "cosine"), strict=True):
+            _stiffness_panel(ax, stiffness, measure)
+        for ax, name in zip(axes[1], ("loss", "accuracy"), strict=True):
+            _training_panel(ax, training, name)
+        _step_axis(axes[1], training["iteration"].values)
+        _legend(figure, training["learning_rate"].values)
+        heading(
+            figure,
+            "Stiffness over training, within a class and between classes",
+            details(within_between, seeds_note(within_between, None)),
+        )
+        _note_undecided(figure, training)
+    return figure
+
+
+def _stiffness_panel(ax: Axes, stiffness: xr.Dataset, measure: str) -> None:
+    ax.axhline(0, color="0.35", linewidth=0.8)
+    for relation, line in (("within", _SOLID), ("between", _DASHED)):
+        _lines(ax, stiffness[measure].sel(relation=relation), line)
+    ax.set_title(f"{measure.capitalize()} stiffness")
+    ax.set_ylabel(f"mean {measure} of pairs" if measure == "cosine" else "share helping − harming")
+    _key(ax, {"within a class": _SOLID, "between classes": _DASHED})
+
+
+def _training_panel(ax: Axes, training: xr.Dataset, name: str) -> None:
+    for split, line in (("train", _SOLID), ("validation", _DASHED)):
+        if f"{split}_{name}" in training:
+            _lines(ax, training[f"{split}_{name}"], line)
+    ax.set_title(name.capitalize())
+    ax.set_ylabel("loss (nats)" if name == "loss" else "share correct")
+    ax.set_xlabel("optimiser steps")
+    _key(ax, {"training": _SOLID, "validation": _DASHED})
+
+
+def _lines(ax: Axes, values: xr.DataArray, line: LineStyle) -> None:
+    """Draw one line for each learning rate, and thin ones for each of several seeds."""
+    values = values.transpose("learning_rate", "seed", "iteration")
+    steps = values["iteration"].values
+    colours = rate_colours(values.sizes["learning_rate"])
+    for k, of_rate in enumerate(values.values):
+        if len(of_rate) > 1:
+            for of_seed in of_rate:
+                ax.plot(steps, of_seed, line, color=colours[k], linewidth=0.6, alpha=0.5)
+        known = np.isfinite(of_rate)
+        mean = np.where(known, of_rate, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
+        marker = _MARKERS[k % len(_MARKERS)]
+        ax.plot(steps, mean, line, marker=marker, color=colours[k], gid=f"mean {k}")
+
+
+def rate_colours(n: int) -> list[str]:
+    """Return a colour for each of n ordered values, dark to light, legible on white."""
+    if n == 1:
+        return ["#0072B2"]
+    return [to_hex(colour) for colour in matplotlib.colormaps["plasma"](np.linspace(0.05, 0.8, n))]
+
+
+def _key(ax: Axes, styles: dict[str, LineStyle]) -> None:
+    handles = [Line2D([], [], linestyle=s, color="0.35", label=name) for name, s in styles.items()]
+    ax.legend(handles=handles, loc="best")
+
+
+def _legend(figure: Figure, rates: np.ndarray) -> None:
+    colours = rate_colours(len(rates))
+    handles = [
+        Line2D([], [], color=colours[k], marker=_MARKERS[k % len(_MARKERS)], label=rate_title(rate))
+        for k, rate in enumerate(rates)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+
+
+def _step_axis(axes: np.ndarray, steps: np.ndarray) -> None:
+    """Make the axis of steps logarithmic where they span much, with step 0 at its left."""
+    positive = steps[steps > 0]
+    logarithmic = positive.size > 1 and positive[-1] >= 20 * positive[0]
+    for ax in axes:
+        if logarithmic:
+            ax.set_xscale("symlog", linthresh=float(positive[0]), linscale=0.5)
+        shown = _apart(ax, steps)
+        ax.xaxis.set_major_locator(FixedLocator(shown))
+        ax.xaxis.set_major_formatter(FixedFormatter([f"{step:,.0f}" for step in shown]))
+        ax.xaxis.set_minor_locator(NullLocator())
+
+
+def _apart(ax: Axes, steps: np.ndarray, share: float = 0.11) -> list[float]:
+    """Keep the steps whose labels do not run into each other; the first and the last always."""
+    at = ax.transData.transform(np.stack([steps, np.zeros(len(steps))], axis=1))[:, 0]
+    at = (at - at[0]) / max(at[-1] - at[0], 1e-12)
+    shown = [0]
+    for k in range(1, len(steps) - 1):
+        if at[k] - at[shown[-1]] >= share and at[-1] - at[k] >= share:
+            shown.append(k)
+    if len(steps) > 1:
+        shown.append(len(steps) - 1)
+    return [float(steps[k]) for k in shown]
+
+
+def _note_undecided(figure: Figure, training: xr.Dataset) -> None:
+    """Say so where rounding leaves many signs open."""
+    if "undecided_share" not in training or not training["undecided_share"].notnull().any():
+        return
+    share = training["undecided_share"]
+    worst = share.isel(share.fillna(-1.0).argmax(...))
+    if float(worst) > NOTABLE_SHARE:
+        figure.supxlabel(
+            f"Up to {float(worst):.1%} of all pairs have a cosine smaller than its error bound, so"
+            f" that their sign is open (worst at step {int(worst['iteration']):,},"
+            f" {rate_title(float(worst['learning_rate']))}).",
+            fontsize=8,
+            color="#A33B00",
+        )

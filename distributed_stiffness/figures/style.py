@@ -1,0 +1,54 @@
+"""The look of every figure, without pyplot: nothing global changes, nothing is left open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from distributed_stiffness.errors import DataError
+
+_STYLE = Path(__file__).with_name("style.mplstyle")
+
+MEANING = {
+    "sign": "sign stiffness: share of pairs that help each other minus share that harm",
+    "cosine": "cosine stiffness: mean cosine of the two loss gradients",
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Make and save figures in the project's style."""
+    with matplotlib.rc_context(fname=_STYLE):
+        yield
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with style():
+        figure.savefig(path, format="png")
+    return path
+
+
+def heading(figure: Figure, title: str, details: str) -> None:
+    """Write what is seen, in bold, and what it was seen on, below it; the figure must have axes."""
+    # The empty second line keeps room for the details: one text has one weight.
+    top = figure.suptitle(f"{title}\n")
+    below = figure.axes[0].annotate(
+        details, (0.5, 0.0), xycoords=top, ha="center", va="bottom", annotation_clip=False
+    )
+    below.set_in_layout(False)
+
+
+def require_measure(measure: str) -> None:
+    """Refuse a measure that does not exist.
+
+    Raises:
+        DataError: `measure` is neither "sign" nor "cosine".
+    """
+    if measure not in MEANING:
+        raise DataError(f"measure is {measure!r}: expected 'sign' or 'cosine'")

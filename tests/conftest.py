@@ -1,0 +1,43 @@
+"""What every test runs under: seeded, one thread, Hypothesis without a clock or a database."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before anything imports ray: a test run reports nothing, and a task without GPUs sees none.
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "project", derandomize=True, deadline=None, database=None, max_examples=25
+)
+hypothesis.settings.load_profile("project")
+# The tests' tensors are small: a second thread costs more than it brings.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A Ray of two CPUs in this process; runs join it."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=200 * 2**20,
+    )
+    yield
+    ray.shutdown()

@@ -1,0 +1,174 @@
+"""The command line: what a person types, what comes back, and never a traceback for a mistake."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import xarray as xr
+
+ROOT = Path(__file__).parents[1]
+JOBS = sorted(path.name for path in (ROOT / "jobs").glob("*.py"))
+
+
+def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words], cwd=cwd, capture_output=True, text=True, check=False, timeout=280
+    )
+
+
+def job(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return run(str(ROOT / "jobs/mnist.py"), *words, cwd=cwd)
+
+
+TINY = (
+    "--data=digits", "--examples=40", "--model-option=widths=[8]", "--iterations=0,20",
+    "--learning-rates=0.001,0.01", "--engine=serial",
+)  # fmt: skip
+
+
+class TestDemo:
+    def test_it_leaves_a_store_figures_and_a_report_and_says_what_they_show(
+        self, tmp_path: Path
+    ) -> None:
+        """
+        `stiffness demo` without a network: the files are there and the terminal says where.
+        """
+        store = tmp_path / "demo.zarr"
+
+        ended = run("-m", "distributed_stiffness", "demo", "--store", str(store), "--engine=serial")
+
+        assert ended.returncode == 0, ended.stderr
+        dataset = xr.open_zarr(str(store))
+        assert dataset.sizes["learning_rate"] == 2
+        assert dataset.sizes["iteration"] == 4
+        assert int(dataset.iteration[0]) == 0
+        folder = tmp_path / "demo"
+        assert len(list(folder.glob("*.png"))) >= 4
+        assert "<img" in (folder / "report.html").read_text()
+        for where in (store, folder / "report.html"):
+            assert str(where) in ended.stdout
+        assert "within" in ended.stdout
+
+
+class TestJobs:
+    @pytest.mark.parametrize("name", JOBS)
+    def test_help_names_every_option(self, name: str) -> None:
+        """
+        `python jobs/X.py --help` says what it computes and lists the common options.
+        """
+        text = run(f"jobs/{name}", "--help").stdout
+
+        for option in (
+            "--data-dir", "--store", "--learning-rates", "--iterations", "--examples",
+            "--epochs", "--seed", "--accept-unverified-data", "--model", "--precision",
+        ):  # fmt: skip
+            assert option in text
+
+    def test_options_override_the_defaults(self, tmp_path: Path) -> None:
+        """
+        What the command line says is in the store.
+        """
+        ended = job(*TINY, "--seed=0,1", f"--store={tmp_path / 'x.zarr'}")
+
+        assert ended.returncode == 0, ended.stderr
+        dataset = xr.open_zarr(str(tmp_path / "x.zarr"))
+        assert dict(dataset.sizes) == {
+            "learning_rate": 2, "seed": 2, "iteration": 2, "example": 40, "other": 40
+        }  # fmt: skip
+
+    def test_a_log_shows_done_total_and_rate(self, tmp_path: Path) -> None:
+        """
+        Without a terminal, progress comes as lines: phase, done, total.
+        """
+        ended = job(*TINY, f"--store={tmp_path / 'x.zarr'}")
+
+        assert re.search(r"tiles: 5/5 tiles \(100%\), .* tiles/s", ended.stderr), ended.stderr
+        assert re.search(r"training: 40/40 steps \(100%\)", ended.stderr)
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["--learning-rates=0"], r"learning_rates\.0.*greater than 0"),
+            (["--learning-rates=nan"], r"learning_rates\.0.*finite"),
+            (["--learning-rates=fast"], r"--learning-rates is 'fast'.*numbers"),
+            (["--iterations="], r"iterations.*empty"),
+            (["--iterations=10,5"], r"\[10, 5\] is not ascending.*5,10"),
+            (["--data=imagenet"], r"no data set is called 'imagenet'.*cifar100"),
+            (["--model=transformer"], r"unknown model 'transformer'.*resnet20"),
+            (["--device=tpu"], r"unknown device 'tpu'.*cuda"),
+            (["--examples=100000"], r"100,000.*500"),
+            (["--examples=5"], r"5 examples.*at least one of each"),
+            (["--examples=many"], r"--examples is 'many'"),
+            (["--memory=lots"], r"--memory is 'lots'.*4GB"),
+            (["--memory=2KB"], r"too small.*--memory"),
+            (["--precision=float8"], r"precision.*float32.*float64"),
+            (["--model=cnn", "--model-option=depth=3"], r"does not take these options"),
+            (["--model=pathlib:Path"], r"PosixPath.*torch\.nn\.Module"),
+            (["--engine=spark"], r"unknown engine 'spark'"),
+            (["--data=mnist", "--data-dir=/nonexistent", "--no-download"], r"/nonexistent"),
+        ],
+    )
+    def test_a_mistake_is_explained_before_any_work(
+        self, tmp_path: Path, words: list[str], said: str
+    ) -> None:
+        """
+        Exit code 1, one message that names the value and what is expected, and no store.
+        """
+        ended = job(*TINY, *words, f"--store={tmp_path / 'x.zarr'}")
+
+        assert ended.returncode == 1, ended.stdout
+        assert re.search(said, ended.stderr, re.DOTALL), ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert not (tmp_path / "x.zarr").exists()
+
+    def test_a_class_without_an_example(self, tmp_path: Path) -> None:
+        """
+        Data whose validation split lacks a class are refused by the class's name.
+        """
+        (tmp_path / "mydata.py").write_text(
+            "import numpy as np\n"
+            "def lacking():\n"
+            "    x, y = np.random.rand(90, 4).astype('f4'), np.arange(90) % 3\n"
+            "    return {'train': (x, y), 'validation': (x[y < 2], y[y < 2]),\n"
+            "            'class_names': ['cat', 'dog', 'yak']}\n"
+        )
+
+        ended = job(*TINY, "--data=mydata:lacking", f"--store={tmp_path / 'x.zarr'}", cwd=tmp_path)
+
+        assert ended.returncode == 1
+        assert "'yak'" in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+    def test_a_report_of_nothing(self, tmp_path: Path) -> None:
+        """
+        `stiffness report` on a path that is no store says so.
+        """
+        ended = run("-m", "distributed_stiffness", "report", str(tmp_path / "none.zarr"))
+
+        assert ended.returncode == 1
+        assert "none.zarr" in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+
+class TestImports:
+    def test_ray_is_imported_by_one_module_only(self) -> None:
+        """
+        Everything but engine/ray.py works without ray.
+        """
+        program = (
+            "import pkgutil, importlib, sys, distributed_stiffness as d\n"
+            "for m in pkgutil.walk_packages(d.__path__, 'distributed_stiffness.'):\n"
+            "    if m.name not in ('distributed_stiffness.engine.ray', 'distributed_stiffness.__main__'):\n"
+            "        importlib.import_module(m.name)\n"
+            "assert 'ray' not in sys.modules\n"
+        )
+
+        ended = run("-W", "error", "-c", program)
+
+        assert ended.returncode == 0, ended.stderr
