@@ -357,7 +357,7 @@ def _bytes(text: str | None) -> int | None:
     number = text.strip().upper().rstrip("KMGTB")
     unit = text.strip().upper()[len(number) :]
     try:
-        return int(float(number) * units[unit])
+        return round(float(number) * units[unit])
     except (ValueError, KeyError) as error:
         raise StudyError(f"--memory is {text!r}: expected a size such as 4GB or 800MB") from error
 

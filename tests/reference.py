@@ -41,7 +41,7 @@ def per_example_gradients(model, loss, inputs, targets, names=None):
         value = loss(outputs, targets[i : i + 1]).sum()
         grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
         for (name, p), g in zip(parameters.items(), grads, strict=True):
-            rows[name].append(torch.zeros_like(p) if g is None else g)
+            rows[name].append(torch.zeros_like(p) if g is None else g.to_dense())
     return {name: torch.stack(column) for name, column in rows.items()}
 
 

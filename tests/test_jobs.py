@@ -1,4 +1,4 @@
-"""A job script, submitted to a real Ray cluster, joins it and leaves its results where it is told."""
+"""A job script that is submitted to a real Ray cluster joins it."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def cluster() -> Iterator[dict[str, str]]:
     """A head node on loopback with its dashboard; yields the environment of its clients."""
     port, dashboard = free_port(), free_port()
     environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # whose `python` it is
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",

@@ -45,13 +45,12 @@ def stiffness_curves(within_between: xr.Dataset, curves: xr.Dataset) -> Figure:
         for ax, name in zip(axes[1], ("loss", "accuracy"), strict=True):
             _training_panel(ax, training, name)
         _step_axis(axes[1], training["iteration"].values)
-        _legend(figure, training["learning_rate"].values)
+        _legend(figure, training["learning_rate"].values, _undecided(training))
         heading(
             figure,
             "Stiffness over training, within a class and between classes",
             details(within_between, seeds_note(within_between, None)),
         )
-        _note_undecided(figure, training)
     return figure
 
 
@@ -85,8 +84,9 @@ def _lines(ax: Axes, values: xr.DataArray, line: LineStyle) -> None:
                 ax.plot(steps, of_seed, line, color=colours[k], linewidth=0.6, alpha=0.5)
         known = np.isfinite(of_rate)
         mean = np.where(known, of_rate, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
+        face = colours[k] if line == _SOLID else "white"
         marker = _MARKERS[k % len(_MARKERS)]
-        ax.plot(steps, mean, line, marker=marker, color=colours[k], gid=f"mean {k}")
+        ax.plot(steps, mean, line, marker=marker, color=colours[k], markerfacecolor=face)
 
 
 def rate_colours(n: int) -> list[str]:
@@ -97,17 +97,28 @@ def rate_colours(n: int) -> list[str]:
 
 
 def _key(ax: Axes, styles: dict[str, LineStyle]) -> None:
-    handles = [Line2D([], [], linestyle=s, color="0.35", label=name) for name, s in styles.items()]
+    handles = [
+        Line2D(
+            [],
+            [],
+            linestyle=line,
+            color="0.35",
+            marker="o",
+            markerfacecolor="0.35" if line == _SOLID else "white",
+            label=name,
+        )
+        for name, line in styles.items()
+    ]
     ax.legend(handles=handles, loc="best")
 
 
-def _legend(figure: Figure, rates: np.ndarray) -> None:
-    colours = rate_colours(len(rates))
+def _legend(figure: Figure, rates: np.ndarray, note: str) -> None:
     handles = [
-        Line2D([], [], color=colours[k], marker=_MARKERS[k % len(_MARKERS)], label=rate_title(rate))
-        for k, rate in enumerate(rates)
+        Line2D([], [], color=colour, marker=_MARKERS[k % len(_MARKERS)], label=rate_title(rate))
+        for k, (rate, colour) in enumerate(zip(rates, rate_colours(len(rates)), strict=True))
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+    columns = min(len(handles), 5)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, title=note or None)
 
 
 def _step_axis(axes: np.ndarray, steps: np.ndarray) -> None:
@@ -136,17 +147,16 @@ def _apart(ax: Axes, steps: np.ndarray, share: float = 0.11) -> list[float]:
     return [float(steps[k]) for k in shown]
 
 
-def _note_undecided(figure: Figure, training: xr.Dataset) -> None:
-    """Say so where rounding leaves many signs open."""
+def _undecided(training: xr.Dataset) -> str:
+    """Say so where rounding leaves many signs open; empty where it does not."""
     if "undecided_share" not in training or not training["undecided_share"].notnull().any():
-        return
+        return ""
     share = training["undecided_share"]
     worst = share.isel(share.fillna(-1.0).argmax(...))
-    if float(worst) > NOTABLE_SHARE:
-        figure.supxlabel(
-            f"Up to {float(worst):.1%} of all pairs have a cosine smaller than its error bound, so"
-            f" that their sign is open (worst at step {int(worst['iteration']):,},"
-            f" {rate_title(float(worst['learning_rate']))}).",
-            fontsize=8,
-            color="#A33B00",
-        )
+    if float(worst) <= NOTABLE_SHARE:
+        return ""
+    return (
+        f"Note: up to {100 * float(worst):.1f} % of all pairs have a cosine within its error bound"
+        f" of 0, so that their sign is open\n(most at step {int(worst['iteration']):,},"
+        f" {rate_title(float(worst['learning_rate']))})"
+    )

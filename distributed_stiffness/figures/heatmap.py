@@ -136,7 +136,8 @@ def _figure(
     side = grid.names.inches
     with style():
         figure = Figure(
-            figsize=(grid.columns * (side + 0.1) + 1.2, grid.rows * (side + 0.45) + 1.9),
+            # Wide enough for the title and the legend of the colours over one panel.
+            figsize=(max(grid.columns * (side + 0.1) + 1.2, 6.0), grid.rows * (side + 0.45) + 2.0),
             layout="constrained",
         )
         axes = figure.subplots(grid.rows, grid.columns, squeeze=False)
@@ -253,5 +254,5 @@ def _colour_bar(figure: Figure, axes: list[Axes], grid: _Grid, measure: str) -> 
         shrink=min(1.0, 5.2 / (grid.columns * grid.names.inches)),
         pad=0.02,
     )
-    missing = "; grey: not computed yet" if grid.values.isnull().any() else ""
+    missing = "; grey: no pairs yet" if grid.values.isnull().any() else ""
     bar.set_label(f"{MEANING[measure]}{missing}")

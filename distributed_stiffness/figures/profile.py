@@ -62,7 +62,7 @@ def profiles(ds: xr.Dataset, seed: int | None = None, *, relation: str = "within
                 title = f"{measure.capitalize()} stiffness"
                 ax.set_title(f"{title}, {rate_title(float(rate))}" if len(rates) > 1 else title)
         for ax in axes[-1]:
-            ax.set_xlabel("cosine distance of the two inputs (grey: where the pairs are)")
+            ax.set_xlabel("cosine distance of the inputs (grey: number of pairs)")
         rate = "" if len(rates) > 1 else rate_title(float(rates[0]))
         heading(
             figure,
@@ -73,6 +73,7 @@ def profiles(ds: xr.Dataset, seed: int | None = None, *, relation: str = "within
 
 
 def _panel(ax: Axes, profile: xr.Dataset, length: xr.Dataset, measure: str) -> None:
+    ax.use_sticky_edges = False  # room below 0 for the marks, though the shading starts there
     _pairs(ax, profile)
     ax.axhline(0, color="0.35", linewidth=0.8)
     steps = profile["iteration"].values
@@ -81,7 +82,8 @@ def _panel(ax: Axes, profile: xr.Dataset, length: xr.Dataset, measure: str) -> N
     for k, step in enumerate(steps):
         at = profile.isel(iteration=k)
         values = at[measure].where(at["pairs"] >= FEWEST_PAIRS)
-        label = f"step {step:,}{_length_label(length.isel(iteration=k), measure)}"
+        known = _length_label(length.isel(iteration=k), measure)
+        label = f"step {step:,}{known if values.notnull().any() else ', no pairs yet'}"
         ax.plot(at["distance_bin"], values, marker="o", ms=3, color=colours[k], label=label)
         _mark(ax, length.isel(iteration=k), measure, colours[k])
     ax.set_ylabel("share helping − harming" if measure == "sign" else "mean cosine")
@@ -103,7 +105,7 @@ def _pairs(ax: Axes, profile: xr.Dataset) -> None:
     )
     there = np.flatnonzero(pairs)
     if there.size:
-        ax.set_xlim(profile["lower_edge"][there[0]], profile["upper_edge"][there[-1]])
+        ax.set_xlim(float(profile["lower_edge"][there[0]]), float(profile["upper_edge"][there[-1]]))
 
 
 def _length_label(length: xr.Dataset, measure: str) -> str:

@@ -37,7 +37,7 @@ def save(figure: Figure, path: Path) -> Path:
 def heading(figure: Figure, title: str, details: str) -> None:
     """Write what is seen, in bold, and what it was seen on, below it; the figure must have axes."""
     # The empty second line keeps room for the details: one text has one weight.
-    top = figure.suptitle(f"{title}\n")
+    top = figure.suptitle(f"{title}\n", linespacing=1.5)
     below = figure.axes[0].annotate(
         details, (0.5, 0.0), xycoords=top, ha="center", va="bottom", annotation_clip=False
     )

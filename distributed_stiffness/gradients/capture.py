@@ -10,6 +10,7 @@ Axis letters: N examples, T positions that share a weight.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,6 +97,26 @@ class Capture(TorchFunctionMode):
                 output.shape,
             )
         )
+
+
+def count_uses(output: Tensor, parameters: Mapping[str, Tensor]) -> Counter[str]:
+    """Count how often each parameter enters the autograd graph of `output`.
+
+    More often than it was captured means that a call was hidden: autograd functions of the
+    network's own and TorchScript run past every `TorchFunctionMode`.
+    """
+    name_of = {get_gradient_edge(tensor).node: name for name, tensor in parameters.items()}
+    found: Counter[str] = Counter()
+    todo = [output.grad_fn] if output.grad_fn else []
+    seen = set(todo)
+    while todo:
+        for node, _ in todo.pop().next_functions:
+            if node in name_of:
+                found[name_of[node]] += 1
+            elif node is not None and node not in seen:
+                seen.add(node)
+                todo.append(node)
+    return found
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

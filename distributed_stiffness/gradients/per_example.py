@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distributed_stiffness.errors import GradientError, ModelError
 from distributed_stiffness.gradients.batches import Inputs, call, count_examples, prepare, take
-from distributed_stiffness.gradients.capture import Capture, Use
+from distributed_stiffness.gradients.capture import Capture, Use, count_uses
 from distributed_stiffness.gradients.gram import Factors, Rows, unit_rows
 from distributed_stiffness.gradients.loss_head import Loss, LossHead, loss_head
 from distributed_stiffness.gradients.precision import full_float32, precision_mode
@@ -150,7 +150,7 @@ class PerExampleGradients:
             raise GradientError(f"at least 3 examples are needed, got {count_examples(inputs)}")
         why: dict[str, str] = {}
         for n in (2, 3):
-            capture, _ = self._forward(take(inputs, slice(n)))
+            capture, outputs = self._forward(take(inputs, slice(n)))
             why |= capture.unstructured
             for use in capture.uses:
                 if use.call.input.shape[:1] != (n,) or use.output_shape[:1] != (n,):
@@ -159,6 +159,9 @@ class PerExampleGradients:
                     why |= dict.fromkeys(use.names.values(), "its input is overwritten in place")
         uses = capture.uses
         count = Counter(name for u in uses for name in u.names.values())
+        for name, times in count_uses(outputs, self.parameters).items():
+            if times > count[name]:
+                why.setdefault(name, "a call that torch does not show")
         lone = {
             u.names["weight"]: u
             for u in uses
@@ -322,7 +325,7 @@ class PerExampleGradients:
                 grads = torch.autograd.grad(projected, tensors, allow_unused=True)
             found.append(
                 [
-                    torch.zeros_like(t) if g is None else g
+                    torch.zeros_like(t) if g is None else g.to_dense()
                     for t, g in zip(tensors, grads, strict=True)
                 ]
             )

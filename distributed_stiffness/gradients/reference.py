@@ -54,7 +54,7 @@ class Reference:
             value = loss(call(self.model, one), targets[index : index + 1].to(device)).sum()
             grads = torch.autograd.grad(value, list(self.parameters.values()), allow_unused=True)
         return {
-            name: torch.zeros_like(p) if g is None else g
+            name: torch.zeros_like(p) if g is None else g.to_dense()
             for (name, p), g in zip(self.parameters.items(), grads, strict=True)
         }
 

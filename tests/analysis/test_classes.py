@@ -71,7 +71,7 @@ def assert_matches_loops(matrix: xr.Dataset, ds: xr.Dataset, by: str = "class_na
 
 
 class TestClassMatrix:
-    @settings(max_examples=12)
+    @settings(max_examples=8)
     @given(study=studies)
     def test_definition(self, study: Synthetic):
         """Each cell is the mean over ordered pairs of two classes, self-pairs left out."""
@@ -93,7 +93,7 @@ class TestClassMatrix:
 
         assert all(matrix[name].chunks is not None for name in matrix.data_vars)
 
-    @settings(max_examples=12)
+    @settings(max_examples=8)
     @given(study=studies, random_seed=st.integers(0, 2**16))
     def test_order_of_examples(self, study: Synthetic, random_seed: int):
         """Another order of the examples, rows and columns apart, changes nothing."""
@@ -106,7 +106,7 @@ class TestClassMatrix:
             class_matrix(shuffled).compute(), class_matrix(ds).compute(), rtol=1e-12
         )
 
-    @settings(max_examples=12)
+    @settings(max_examples=8)
     @given(
         study=two_checkpoints,
         rows=st.integers(1, 17),
@@ -122,7 +122,7 @@ class TestClassMatrix:
             class_matrix(ds.chunk(chunks)).compute(), class_matrix(ds).compute(), rtol=1e-12
         )
 
-    @settings(max_examples=12)
+    @settings(max_examples=8)
     @given(study=studies, value=st.sampled_from([-1.0, 0.3, 1.0, np.nan]))
     def test_self_pairs(self, study: Synthetic, value: float):
         """What the diagonal holds never counts."""
@@ -133,7 +133,7 @@ class TestClassMatrix:
 
         xr.testing.assert_identical(class_matrix(other).compute(), class_matrix(ds).compute())
 
-    @settings(max_examples=12)
+    @settings(max_examples=8)
     @given(
         study=studies,
         tiles=st.sets(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1),
@@ -151,7 +151,7 @@ class TestClassMatrix:
         xr.testing.assert_equal(matrix["missing"], whole["pairs"] - matrix["pairs"])
         assert (whole["missing"] == 0).all()
 
-    @settings(max_examples=12)
+    @settings(max_examples=8)
     @given(study=studies)
     def test_overall_mean(self, study: Synthetic):
         """The cells, weighted by their pairs, add up to the mean over all pairs."""
@@ -166,7 +166,7 @@ class TestClassMatrix:
             total = float((got["cosine"] * got["cosine_pairs"]).sum() / got["cosine_pairs"].sum())
             np.testing.assert_allclose(total, everything.cosine, **EXACT)
 
-    @settings(max_examples=12)
+    @settings(max_examples=8)
     @given(study=studies, random=st.randoms(use_true_random=False))
     def test_other_names(self, study: Synthetic, random):
         """Classes named otherwise permute the matrix, and nothing else."""
@@ -288,7 +288,7 @@ class TestSplits:
 
 
 class TestRowSums:
-    @settings(max_examples=12)
+    @settings(max_examples=8)
     @given(study=studies)
     def test_definition(self, study: Synthetic):
         """Each row's sums are over its pairs with one class."""
@@ -318,7 +318,7 @@ class TestRowSums:
 
 
 class TestSuperclassMatrix:
-    @settings(max_examples=12)
+    @settings(max_examples=8)
     @given(study=studies.filter(lambda study: study.n_classes > 2))
     def test_definition(self, study: Synthetic):
         """Each cell is the mean over pairs of examples of two super-classes."""
@@ -350,7 +350,7 @@ class TestSuperclassMatrix:
 
 
 class TestWithinBetween:
-    @settings(max_examples=12)
+    @settings(max_examples=8)
     @given(study=studies)
     def test_definition(self, study: Synthetic):
         """Every class, and every ordered pair of classes, weighs the same."""
@@ -362,7 +362,7 @@ class TestWithinBetween:
                 expected = loops.within_between(validation(ds).isel(at), measure)
                 np.testing.assert_allclose(result[measure].isel(at), expected, **EXACT)
 
-    @settings(max_examples=12)
+    @settings(max_examples=8)
     @given(study=studies)
     def test_over_pairs(self, study: Synthetic):
         """The pooled means weigh every pair of examples the same."""

@@ -39,7 +39,7 @@ def assert_matches_loops(profile: xr.Dataset, ds: xr.Dataset, edges: np.ndarray)
 
 
 class TestDistanceProfile:
-    @settings(max_examples=12)
+    @settings(max_examples=8)
     @given(
         study=studies,
         edges=st.sampled_from(
@@ -52,7 +52,7 @@ class TestDistanceProfile:
 
         assert_matches_loops(distance_profile(ds, edges=edges).compute(), ds, np.asarray(edges))
 
-    @settings(max_examples=12)
+    @settings(max_examples=8)
     @given(study=studies, bins=st.integers(1, 7))
     def test_default_edges(self, study: Synthetic, bins: int):
         """By default every pair but the self-pairs lies in a bin."""
@@ -65,7 +65,7 @@ class TestDistanceProfile:
         assert float(profile["lower_edge"][0]) == distances.min()
         assert float(profile["upper_edge"][-1]) == distances.max()
 
-    @settings(max_examples=12)
+    @settings(max_examples=8)
     @given(study=studies, rows=st.integers(1, 17), columns=st.integers(1, 17))
     def test_chunks(self, study: Synthetic, rows: int, columns: int):
         """Chunk sizes do not matter, those of the distances neither."""

@@ -51,12 +51,14 @@ def start_driver(store: Path) -> subprocess.Popen[str]:
         from distributed_stiffness.engine import run_study
         from studies import run_options
         from test_ray import long_study
-        run_app(lambda: run_study(long_study(), run_options({str(store)!r}, engine="ray", quiet=False)))
+        options = run_options({str(store)!r}, engine="ray", quiet=False)
+        run_app(lambda: run_study(long_study(), options))
         """
     )
     return subprocess.Popen(
         [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": str(TESTS)},
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        | {"PYTHONPATH": str(TESTS)},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -79,9 +81,8 @@ def replicas_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 class TestEqualsSerial:
-    def test_ray_gives_the_serial_bits(
-        self, undisturbed: Path, tmp_path: Path, local_ray: object
-    ) -> None:
+    @pytest.mark.usefixtures("local_ray")
+    def test_ray_gives_the_serial_bits(self, undisturbed: Path, tmp_path: Path) -> None:
         """
         Two replicas on Ray write the same store as one process, bit for bit.
         """
@@ -153,9 +154,10 @@ class TestKills:
         assert_same_bits(undisturbed, store)
 
 
+@pytest.mark.usefixtures("local_ray")
 class TestRefusals:
     def test_a_cluster_without_room_says_what_was_asked_and_what_there_is(
-        self, tmp_path: Path, local_ray: object
+        self, tmp_path: Path
     ) -> None:
         """
         More threads than any node has are refused before the store is made.
@@ -167,16 +169,14 @@ class TestRefusals:
 
         assert not (tmp_path / "x.zarr").exists()
 
-    def test_no_gpu(self, tmp_path: Path, local_ray: object) -> None:
+    def test_no_gpu(self, tmp_path: Path) -> None:
         """
         --device cuda on a cluster without GPUs is refused.
         """
         with pytest.raises(ClusterError, match="one GPU"):
             run_study(tiny_study(), run_options(tmp_path / "x.zarr", engine="ray", device="cuda"))
 
-    def test_an_error_of_the_store_comes_back_whole(
-        self, tmp_path: Path, local_ray: object, undisturbed: Path
-    ) -> None:
+    def test_an_error_of_the_store_comes_back_whole(self, undisturbed: Path) -> None:
         """
         A store of another study is refused by the Ray engine as by the serial one.
         """

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import torch
 import xarray as xr
-import reference
 from studies import arrays, assert_same_bits, run_options, tiny_study
 
 from distributed_stiffness.checkpoints import Checkpoints, TrainingRun

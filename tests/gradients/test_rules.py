@@ -12,6 +12,7 @@ import reference
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from distributed_stiffness.errors import ModelError
 from distributed_stiffness.gradients import PerExampleGradients, cosine_matrix
@@ -193,6 +194,49 @@ class SlicedInPlace(nn.Module):
         return self.second(y)
 
 
+class Product(torch.autograd.Function):
+    """x W, by an autograd function of the network's own: no torch call shows it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight):
+        return x @ weight
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # noqa: ARG004
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight.T, x.T @ grad
+
+
+class OwnFunction(nn.Module):
+    def __init__(self, also_a_layer: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.weight = self.linear.weight if also_a_layer else nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Product.apply(torch.tanh(self.linear(x)), self.weight)
+
+
+class Checkpointed(nn.Module):
+    """Activations are not kept, but computed again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            return self.second(torch.tanh(self.first(x)))
+
+        return checkpoint(run, x, use_reentrant=False)
+
+
 class Unused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -337,6 +381,11 @@ CASES = [
     case("embedding", lambda: sequential(nn.Embedding(7, 3)), lambda: tokens(6)),
     case("embedding of one token", lambda: sequential(nn.Embedding(7, 3)), lambda: tokens()),
     case(
+        "embedding with sparse gradients",
+        lambda: sequential(nn.Embedding(7, 3, sparse=True)),
+        lambda: tokens(6),
+    ),
+    case(
         "embedding with padding",
         lambda: sequential(nn.Embedding(7, 3, padding_idx=2)),
         lambda: tokens(8),
@@ -418,6 +467,21 @@ CASES = [
         "factored",
         "functional",
     ),
+    case(
+        "an autograd function of its own",
+        lambda: Head(OwnFunction(also_a_layer=False)),
+        lambda: vectors(4),
+        "factored",
+        "functional",
+    ),
+    case(
+        "a layer's weight in a function of its own",
+        lambda: Head(OwnFunction(also_a_layer=True)),
+        lambda: vectors(4),
+        "structured",
+        "functional",
+    ),
+    case("activation checkpoints", lambda: Head(Checkpointed()), lambda: vectors(4), "factored"),
     case(
         "ResNet-20",
         lambda: resnet20((3, 8, 8), CLASSES, normalisation="batch"),

@@ -1,0 +1,242 @@
+"""The report: one HTML page that holds everything, figures included, and needs no network."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import xarray as xr
+
+from distributed_stiffness.analysis import Summary, summary
+from distributed_stiffness.figures.checkpoints import of_seed, seeds_note, with_run_dims
+from distributed_stiffness.report.findings import findings, length_text, number
+
+_CAPTIONS: Mapping[str, tuple[str, str]] = {
+    "class_matrices_sign": (
+        "Class matrices, sign stiffness",
+        "Each cell is the share of pairs of two classes that help each other, minus the share that"
+        " harm each other; self-pairs are left out. Look at the diagonal first (a class with"
+        " itself), then for blocks of classes that help (red) or harm (blue) each other. White is"
+        " 0, and all panels have one scale.",
+    ),
+    "class_matrices_cosine": (
+        "Class matrices, cosine stiffness",
+        "The same pairs, each with its cosine in place of its sign: how much they help, not only"
+        " how often.",
+    ),
+    "superclass_matrices_sign": (
+        "Super-class matrices, sign stiffness",
+        "Pairs of examples by super-class, which no label told the network. A diagonal that stands"
+        " out more than its classes alone would make it shows that it found them.",
+    ),
+    "superclass_matrices_cosine": (
+        "Super-class matrices, cosine stiffness",
+        "The same with cosines.",
+    ),
+    "stiffness_curves": (
+        "Stiffness over training",
+        "Above, the means within and between classes; below, loss and accuracy on the same axis of"
+        " steps. Stiffness that falls towards 0 while the validation loss turns upwards is the"
+        " paper's mark of over-fitting.",
+    ),
+    "distance_profile": (
+        "Stiffness against input distance",
+        "Mean stiffness of two examples of one class against the cosine distance of their inputs."
+        " A triangle marks the critical length ξ, the zero of a line fitted to all bins; without"
+        " one the line does not fall, or reaches zero outside the distances that occur.",
+    ),
+}
+
+Table = dict[str, Any]  # head: names of columns, rows: cells as text
+
+
+def write_report(
+    ds: xr.Dataset | Summary,
+    figures: Mapping[str, Path],
+    path: str | Path,
+    *,
+    store: str | None = None,
+) -> Path:
+    """Write the report of a study as one HTML file.
+
+    Args:
+        ds: a store, or its summary where it is at hand.
+        figures: PNG files by name, as `draw_all` returns them; they are copied into the page.
+        path: of the page; its folder is made.
+        store: path or URL of the store, for the lines that open it; None: where `ds` is from.
+
+    Returns:
+        `path`.
+    """
+    numbers = ds if isinstance(ds, Summary) else summary(ds)
+    if store is None and isinstance(ds, xr.Dataset):
+        store = ds.encoding.get("source")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("page.html").render(
+        title=numbers.attrs.get("title", "Stiffness study"),
+        facts=_facts(numbers),
+        findings=findings(numbers),
+        stages=_stages_table(numbers),
+        lengths=_lengths_table(numbers),
+        training=_training_table(numbers),
+        figures=[_figure(name, file) for name, file in figures.items()],
+        store=store or "STORE",
+        versions=_mapping(numbers.attrs.get("versions")),
+        revision=numbers.attrs.get("git_revision"),
+        study=_pretty(numbers.attrs.get("study")),
+        fingerprint=_pretty(numbers.attrs.get("fingerprint")),
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _facts(numbers: Summary) -> dict[str, str]:
+    """What was run, from attributes and sizes."""
+    attrs, matrix = numbers.attrs, with_run_dims(numbers.class_matrix)
+    source = attrs.get("dataset_source")
+    n = numbers.sizes["example"]
+    rates = ", ".join(f"{rate:g}" for rate in matrix["learning_rate"].values)
+    seeds = ", ".join(map(str, matrix["seed"].values))
+    steps = ", ".join(f"{step:,}" for step in matrix["iteration"].values)
+    facts = {
+        "Data set": f"{attrs.get('dataset', '–')}" + (f", {source}" if source else ""),
+        "Preprocessing": str(attrs.get("preprocessing", "–")),
+        "Model": str(attrs.get("model", "–")),
+        "Examples": f"{n:,} of {matrix.sizes['class_name']} classes; pairs shown:"
+        f" {str(matrix.attrs.get('splits', 'all')).replace('-', ' with ')}",
+        "Pairs": f"{n * numbers.sizes['other']:,} at each of {_n_checkpoints(matrix)} checkpoints",
+        "Learning rates": rates,
+        "Seeds": seeds,
+        "Iterations": f"{steps} optimiser steps",
+        "Begun": _time(attrs.get("created"), "–"),
+        "Finished": _time(attrs.get("finished"), "not yet"),
+    }
+    if attrs.get("dataset_verified") is False:
+        facts["Note"] = "the files of the data set do not have the published checksums"
+    return facts
+
+
+def _time(value: Any, missing: str) -> str:
+    """Write an ISO time in UTC to the minute; anything else as it is."""
+    if value is None:
+        return missing
+    try:
+        return f"{datetime.fromisoformat(str(value)).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    except ValueError:
+        return str(value)
+
+
+def _n_checkpoints(matrix: xr.Dataset) -> int:
+    return int(np.prod([matrix.sizes[dim] for dim in ("learning_rate", "seed", "iteration")]))
+
+
+def _stages_table(numbers: Summary) -> Table:
+    """Within and between at every checkpoint, means over seeds."""
+    relations = of_seed(numbers.within_between, None)
+    rows = []
+    for rate in relations["learning_rate"].values:
+        for step in relations["iteration"].values:
+            at = relations.sel(learning_rate=rate, iteration=step)
+            cells = [
+                number(float(at[measure].sel(relation=relation)), digits)
+                for measure, digits in (("sign", 2), ("cosine", 3))
+                for relation in ("within", "between")
+            ]
+            rows.append([f"{rate:g}", f"{step:,}", *cells, f"{int(at['pairs'].sum()):,}"])
+    head = ["learning rate", "step", "sign, within", "sign, between"]
+    return {
+        "head": [*head, "cosine, within", "cosine, between", "pairs"],
+        "rows": rows,
+        "note": seeds_note(numbers.within_between, None),
+    }
+
+
+def _lengths_table(numbers: Summary) -> Table | None:
+    """ξ at every checkpoint, or None where there are no distances."""
+    if numbers.critical_length is None:
+        return None
+    length = with_run_dims(numbers.critical_length)
+    rows = []
+    for rate in length["learning_rate"].values:
+        for seed in length["seed"].values:
+            for step in length["iteration"].values:
+                at = length.sel(learning_rate=rate, seed=seed, iteration=step)
+                cells = [cell for measure in ("sign", "cosine") for cell in _fit(at, measure)]
+                rows.append([f"{rate:g}", str(seed), f"{step:,}", *cells])
+    head = ["learning rate", "seed", "step", "ξ, sign", "slope, sign", "ξ, cosine", "slope, cosine"]
+    return {"head": head, "rows": rows}
+
+
+def _fit(at: xr.Dataset, measure: str) -> list[str]:
+    slope = float(at[f"{measure}_slope"])
+    return [length_text(at, measure) if np.isfinite(slope) else "–", number(slope)]
+
+
+def _training_table(numbers: Summary) -> Table:
+    """Training curves and error bounds at every checkpoint."""
+    curves = with_run_dims(numbers.curves)
+    columns = {
+        "train_loss": ("training loss", 3),
+        "validation_loss": ("validation loss", 3),
+        "train_accuracy": ("training accuracy", 3),
+        "validation_accuracy": ("validation accuracy", 3),
+    }
+    there = [name for name in columns if name in curves]
+    bounds = "error_bound" in curves
+    rows = []
+    for rate in curves["learning_rate"].values:
+        for seed in curves["seed"].values:
+            for step in curves["iteration"].values:
+                at = curves.sel(learning_rate=rate, seed=seed, iteration=step)
+                cells = [number(float(at[name]), columns[name][1]) for name in there]
+                if bounds:
+                    cells += [_bound(float(at["error_bound"])), _undecided(at)]
+                rows.append([f"{rate:g}", str(seed), f"{step:,}", *cells])
+    head = ["learning rate", "seed", "step", *(columns[name][0] for name in there)]
+    return {"head": head + (["error bound", "undecided pairs"] if bounds else []), "rows": rows}
+
+
+def _bound(value: float) -> str:
+    return f"{value:.1e}".replace("e-0", "e-") if np.isfinite(value) else "–"
+
+
+def _undecided(at: xr.Dataset) -> str:
+    if "undecided" not in at or not at["undecided"] >= 0:
+        return "–"
+    return f"{int(at['undecided']):,}"
+
+
+def _figure(name: str, file: Path) -> dict[str, str]:
+    title, caption = _CAPTIONS.get(name, (name.replace("_", " ").capitalize(), ""))
+    data = base64.b64encode(Path(file).read_bytes()).decode("ascii")
+    return {"name": name, "title": title, "caption": caption, "data": data}
+
+
+def _mapping(value: Any) -> dict[str, str]:
+    if isinstance(value, str):
+        value = json.loads(value)
+    return {str(k): str(v) for k, v in value.items()} if isinstance(value, Mapping) else {}
+
+
+def _pretty(value: Any) -> str | None:
+    """Indent JSON, or what can be written as JSON; anything else as it is."""
+    if value is None:
+        return None
+    try:
+        return json.dumps(json.loads(value) if isinstance(value, str) else value, indent=2)
+    except (TypeError, ValueError):
+        return str(value)
