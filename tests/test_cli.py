@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,8 +23,33 @@ def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     )
 
 
-def job(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return run(str(ROOT / "jobs/mnist.py"), *words, cwd=cwd)
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Command = Callable[..., Ended]
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run jobs/mnist.py as `python jobs/mnist.py WORDS`, but in this process: torch is loaded."""
+
+    def run_here(*words: str) -> Ended:
+        script = str(ROOT / "jobs/mnist.py")
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        code = 0
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as ending:
+            code = int(ending.code or 0)
+        return Ended(code, *capsys.readouterr())
+
+    return run_here
 
 
 TINY = (
@@ -39,7 +67,7 @@ class TestDemo:
         """
         store = tmp_path / "demo.zarr"
 
-        ended = run("-m", "distributed_stiffness", "demo", "--store", str(store), "--engine=serial")
+        ended = run("-m", "distributed_stiffness", "demo", "--store", str(store))
 
         assert ended.returncode == 0, ended.stderr
         dataset = xr.open_zarr(str(store))
@@ -68,7 +96,7 @@ class TestJobs:
         ):  # fmt: skip
             assert option in text
 
-    def test_options_override_the_defaults(self, tmp_path: Path) -> None:
+    def test_options_override_the_defaults(self, tmp_path: Path, job: Command) -> None:
         """
         What the command line says is in the store.
         """
@@ -80,7 +108,7 @@ class TestJobs:
             "learning_rate": 2, "seed": 2, "iteration": 2, "example": 40, "other": 40
         }  # fmt: skip
 
-    def test_a_log_shows_done_total_and_rate(self, tmp_path: Path) -> None:
+    def test_a_log_shows_done_total_and_rate(self, tmp_path: Path, job: Command) -> None:
         """
         Without a terminal, progress comes as lines: phase, done, total.
         """
@@ -115,7 +143,7 @@ class TestMistakes:
         ],
     )
     def test_a_mistake_is_explained_before_any_work(
-        self, tmp_path: Path, words: list[str], said: str
+        self, tmp_path: Path, job: Command, words: list[str], said: str
     ) -> None:
         """
         Exit code 1, one message that names the value and what is expected, and no store.
@@ -127,7 +155,9 @@ class TestMistakes:
         assert "Traceback" not in ended.stderr
         assert not (tmp_path / "x.zarr").exists()
 
-    def test_a_class_without_an_example(self, tmp_path: Path) -> None:
+    def test_a_class_without_an_example(
+        self, tmp_path: Path, job: Command, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """
         Data whose validation split lacks a class are refused by the class's name.
         """
@@ -139,7 +169,9 @@ class TestMistakes:
             "            'class_names': ['cat', 'dog', 'yak']}\n"
         )
 
-        ended = job(*TINY, "--data=mydata:lacking", f"--store={tmp_path / 'x.zarr'}", cwd=tmp_path)
+        monkeypatch.chdir(tmp_path)
+
+        ended = job(*TINY, "--data=mydata:lacking", f"--store={tmp_path / 'x.zarr'}")
 
         assert ended.returncode == 1
         assert "'yak'" in ended.stderr

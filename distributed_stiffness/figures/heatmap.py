@@ -221,9 +221,10 @@ def _name_axes(axes: np.ndarray, n_panels: int, grid: _Grid, splits: str) -> Non
     if grid.names.borders.size and len(grid.names.labels) < grid.values.shape[-1]:
         noun = "class, by super-class,"
     size = grid.names.size
+    turned = 90 if max(map(len, grid.names.labels)) > 2 else 0
     for at, ax in enumerate(axes.flat[:n_panels]):
         if at + grid.columns >= n_panels:
-            ax.set_xticks(grid.names.ticks, grid.names.labels, rotation=90, fontsize=size)
+            ax.set_xticks(grid.names.ticks, grid.names.labels, rotation=turned, fontsize=size)
             ax.set_xlabel(f"{noun} {across}")
         if at % grid.columns == 0:
             ax.set_yticks(grid.names.ticks, grid.names.labels, fontsize=size)
