@@ -171,7 +171,8 @@ class Store:
     @property
     def attrs(self) -> Mapping[str, Any]:
         """The group's attributes."""
-        return _read_metadata(self.url)["attributes"]
+        attributes: dict[str, Any] = _read_metadata(self.url)["attributes"]
+        return attributes
 
     def contents(self) -> Contents:
         """List what is there."""
@@ -417,7 +418,8 @@ def training_run(study: Study, checkpoint: Checkpoint) -> tuple[TrainingRun, int
 
 
 def _array(group: zarr.Group, name: str) -> Any:
-    return group[name].with_config({"write_empty_chunks": True})
+    array: Any = group[name]
+    return array.with_config({"write_empty_chunks": True})
 
 
 def _backend(url: str) -> Any:
