@@ -231,14 +231,23 @@ def _sums_of_block(
 ) -> np.ndarray:
     """Sum one block of pairs over the columns of each group.
 
-    Sorting the columns and adding each run costs the same for any number of groups; products with
-    one-hot columns cost twice as much at 100 groups, and more beyond, and in float32 they would
-    round the sums.
-
     Returns:
         (…, i, 1, n_groups, S) float64.
     """
     block = labels.of_block(block_info)
+    out = np.zeros((*cosine.shape[:-1], 1, n_groups, len(SUMS)))
+    for rows, slab in block.slabs():
+        _add_rows(out[..., rows, 0, :, :], cosine[..., rows, :], slab)
+    return out
+
+
+def _add_rows(out: np.ndarray, cosine: np.ndarray, block: Labels) -> None:
+    """Fill `out` (…, i, n_groups, S) with the sums of a few rows.
+
+    Sorting the columns and adding each run costs the same for any number of groups; products with
+    one-hot columns cost twice as much at 100 groups, and more beyond, and in float32 they would
+    round the sums.
+    """
     order = np.argsort(block.column_groups, kind="stable")
     present, starts = np.unique(block.column_groups[order], return_index=True)
 
@@ -255,16 +264,14 @@ def _sums_of_block(
         cosine = np.where(known, cosine, np.float32(0))
     pairs = np.diff(starts, append=len(order)) if everything else added(known)
     sign = (cosine > 0).view(np.int8) - (cosine < 0).view(np.int8)
-    out = np.zeros((*cosine.shape[:-1], 1, n_groups, len(SUMS)))
-    out[..., 0, present, 1] = added(sign)
-    out[..., 0, present, 3] = pairs
+    out[..., present, 1] = added(sign)
+    out[..., present, 3] = pairs
     if (zero := block.zero_pairs()) is not None:
         nonzero = ~zero[..., order]
         cosine = np.where(nonzero, cosine, np.float32(0))
         pairs = added(known & nonzero)
-    out[..., 0, present, 0] = added(cosine)
-    out[..., 0, present, 2] = pairs
-    return out
+    out[..., present, 0] = added(cosine)
+    out[..., present, 2] = pairs
 
 
 def _totals(chosen: xr.Dataset, by: str) -> xr.Dataset:

@@ -142,7 +142,18 @@ def _sums_of_block(
     Returns:
         (…, i, 1, r, k, S) float64.
     """
-    block = labels.of_block(block_info)
+    lead, n_bins = cosine.shape[:-2], len(edges) - 1
+    out = np.empty((*lead, len(distance), 1, 2, n_bins, len(SUMS)))
+    for rows, slab in labels.of_block(block_info).slabs():
+        part = cosine[..., rows, :], distance[rows]
+        out[..., rows, 0, :, :, :] = _sums_of_rows(*part, slab, edges)
+    return out
+
+
+def _sums_of_rows(
+    cosine: np.ndarray, distance: np.ndarray, block: Labels, edges: np.ndarray
+) -> np.ndarray:
+    """Sum a few rows of a block; return (…, i, r, k, S)."""
     n_bins, n_rows = len(edges) - 1, len(distance)
     kept = (distance >= edges[0]) & (distance <= edges[-1])  # false where it is NaN
     if (self_pair := block.self_pairs()) is not None:
@@ -153,11 +164,11 @@ def _sums_of_block(
     place += 2 * n_bins * np.arange(n_rows)[:, None]
     place *= 4
     lead, zero = cosine.shape[:-2], block.zero_pairs()
-    out = np.empty((*lead, n_rows, 1, 2, n_bins, len(SUMS)))
+    out = np.empty((*lead, n_rows, 2, n_bins, len(SUMS)))
     for at in np.ndindex(lead):
         kind = _kind(cosine[at], None if zero is None else zero[at])
         sums = _added(cosine[at], place + kind, kept, size=8 * n_rows * n_bins)
-        out[at] = sums.reshape(n_rows, 1, 2, n_bins, len(SUMS))
+        out[at] = sums.reshape(n_rows, 2, n_bins, len(SUMS))
     return out
 
 

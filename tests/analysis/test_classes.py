@@ -87,6 +87,21 @@ class TestClassMatrix:
             rtol=EXACT["rtol"],
         )
 
+    def test_many_rows(self):
+        """Blocks that are worked on in several parts give what one pass of numpy gives."""
+        ds = Synthetic(n_examples=300, n_classes=3, iterations=(0,), zero_gradients=(200,)).build()
+        matrix = class_matrix(ds).compute().isel(learning_rate=0, seed=0, iteration=0)
+
+        sign = np.sign(ds["cosine"].values[0, 0, 0].astype(float))
+        labels = ds["label"].values
+        for a in range(3):
+            for b in range(3):
+                cells = sign[labels == a][:, labels == b]
+                pairs = cells.size - (a == b) * len(cells)
+                total = cells.sum() - (a == b) * np.diag(cells).sum()
+                np.testing.assert_allclose(matrix["sign"].values[a, b], total / pairs, **EXACT)
+                assert int(matrix["pairs"][a, b]) == pairs
+
     def test_lazy(self, store: Path):
         """No pair is read before compute."""
         matrix = class_matrix(xr.open_zarr(store))
