@@ -77,6 +77,24 @@ class TestDistanceProfile:
             distance_profile(chunked).compute(), distance_profile(ds).compute(), rtol=1e-12
         )
 
+    def test_many_rows(self):
+        """Blocks that are worked on in several parts give what numpy's histogram gives."""
+        ds = Synthetic(n_examples=300, n_classes=3, iterations=(0,)).build()
+        edges = np.linspace(0, 2, 9)
+        profile = (
+            distance_profile(ds, edges=edges).compute().isel(learning_rate=0, seed=0, iteration=0)
+        )
+
+        off_diagonal = ~np.eye(300, dtype=bool)
+        distances = ds["distance"].values[off_diagonal]
+        cosines = ds["cosine"].values[0, 0, 0][off_diagonal].astype(float)
+        pairs = np.histogram(distances, edges)[0]
+        np.testing.assert_array_equal(profile["pairs"].sel(relation="all"), pairs)
+        sums = np.histogram(distances, edges, weights=cosines)[0]
+        np.testing.assert_allclose(
+            (profile["cosine"].fillna(0) * profile["pairs"]).sel(relation="all"), sums, atol=1e-9
+        )
+
     def test_all_pairs(self, made: xr.Dataset):
         """`all` is within and between together."""
         profile = distance_profile(made).compute()
