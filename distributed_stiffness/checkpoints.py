@@ -2,6 +2,7 @@
 
     FOLDER/learning_rate=0.001/seed=0/iteration=00000468.training.safetensors
     FOLDER/learning_rate=0.001/seed=0/iteration=00000468.model.safetensors
+    FOLDER/learning_rate=0.001/seed=0/continue=00000937.…            the last, to continue from
 
 The weights are written last and whole (temporary name, fsync, rename; one object in a bucket), so a
 checkpoint exists exactly when its weights do.
@@ -48,11 +49,20 @@ class Weights:
     sha256: str
 
 
-class Checkpoints:
-    """A folder of checkpoints, local or on any fsspec URL."""
+_PREFIX = {False: "iteration=", True: "continue="}  # by whether it is a rolling one
 
-    def __init__(self, url: str | Path) -> None:
-        self.url = str(url)
+
+class Checkpoints:
+    """A folder of checkpoints, local or on any fsspec URL.
+
+    Args:
+        url: of the folder.
+        identity: digest of what was trained (`study.training_identity`). It is written into each
+            file, and a file with another one is refused; None reads whatever is there.
+    """
+
+    def __init__(self, url: str | Path, *, identity: str | None = None) -> None:
+        self.url, self.identity = str(url), identity
         self._fs, self._root = fsspec.core.url_to_fs(self.url)
 
     def exists(self, run: TrainingRun, iteration: int) -> bool:
@@ -60,13 +70,21 @@ class Checkpoints:
         self._fs.invalidate_cache()
         return bool(self._fs.exists(self._path(run, iteration, "model")))
 
-    def iterations(self, run: TrainingRun) -> list[int]:
-        """Return the complete checkpoints of a run, in order."""
+    def iterations(self, run: TrainingRun, *, rolling: bool = False) -> list[int]:
+        """Return the complete checkpoints of a run, in order.
+
+        `rolling` ones, in every method, are those kept only to continue from: they have names of
+        their own and no metrics, and never pass for one that was asked for.
+        """
         self._fs.invalidate_cache()
-        folder = self._folder(run)
+        folder, prefix = self._folder(run), _PREFIX[rolling]
         names = self._fs.ls(folder, detail=False) if self._fs.exists(folder) else []
         stems = [Path(name).name for name in names if name.endswith(".model.safetensors")]
-        return sorted(int(stem.partition(".")[0].removeprefix("iteration=")) for stem in stems)
+        return sorted(
+            int(stem.partition(".")[0].removeprefix(prefix))
+            for stem in stems
+            if stem.startswith(prefix)
+        )
 
     def save(
         self,
@@ -75,19 +93,22 @@ class Checkpoints:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         metrics: Mapping[str, float],
+        *,
+        rolling: bool = False,
     ) -> None:
         """Write weights, optimiser state, random state and metrics."""
         weights, text = _copied(model.state_dict()), json.dumps(dict(metrics))
-        self._write(self._path(run, iteration, "training"), _training_state(optimizer), {})
-        self._write(self._path(run, iteration, "model"), weights, {"metrics": text})
+        state = _training_state(optimizer)
+        self._write(self._path(run, iteration, "training", rolling), state, {})
+        self._write(self._path(run, iteration, "model", rolling), weights, {"metrics": text})
 
-    def load_weights(self, run: TrainingRun, iteration: int) -> Weights:
+    def load_weights(self, run: TrainingRun, iteration: int, *, rolling: bool = False) -> Weights:
         """Read the weights of a checkpoint.
 
         Raises:
-            StoreError: the file is broken or not a checkpoint.
+            StoreError: the file is broken, not a checkpoint, or of another study.
         """
-        path = self._path(run, iteration, "model")
+        path = self._path(run, iteration, "model", rolling)
         tensors, metadata = self._read(path)
         try:
             metrics = json.loads(metadata["metrics"])
@@ -101,26 +122,30 @@ class Checkpoints:
         iteration: int,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        *,
+        rolling: bool = False,
     ) -> None:
         """Put model, optimiser and random state back to where they were when it was saved."""
-        model.load_state_dict(dict(self.load_weights(run, iteration).tensors))
-        state, _ = self._read(self._path(run, iteration, "training"))
+        weights = self.load_weights(run, iteration, rolling=rolling)
+        model.load_state_dict(dict(weights.tensors))
+        state, _ = self._read(self._path(run, iteration, "training", rolling))
         _restore_training_state(optimizer, state)
 
-    def delete(self, run: TrainingRun, iteration: int) -> None:
-        """Remove a checkpoint that was only kept to continue from."""
+    def delete(self, run: TrainingRun, iteration: int, *, rolling: bool = False) -> None:
+        """Remove a checkpoint."""
         for part in ("model", "training"):
-            self._fs.rm_file(self._path(run, iteration, part))
+            self._fs.rm_file(self._path(run, iteration, part, rolling))
 
     def _folder(self, run: TrainingRun) -> str:
         return f"{self._root}/learning_rate={run.learning_rate!r}/seed={run.seed}"
 
-    def _path(self, run: TrainingRun, iteration: int, part: str) -> str:
-        return f"{self._folder(run)}/iteration={iteration:08d}.{part}.safetensors"
+    def _path(self, run: TrainingRun, iteration: int, part: str, rolling: bool = False) -> str:
+        return f"{self._folder(run)}/{_PREFIX[rolling]}{iteration:08d}.{part}.safetensors"
 
     def _write(self, path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         content = safetensors.torch.save(
-            dict(tensors), {**metadata, "sha256": weights_hash(tensors)}
+            dict(tensors),
+            {**metadata, "sha256": weights_hash(tensors), "identity": self.identity or ""},
         )
         try:
             write_whole(self._fs, path, content)
@@ -139,6 +164,11 @@ class Checkpoints:
             raise StoreError(f"{path} is not a checkpoint of this program: its header has no hash")
         if weights_hash(tensors) != metadata["sha256"]:
             raise StoreError(_damaged(path, "its tensors do not have the hash in its header"))
+        if self.identity is not None and metadata.get("identity") != self.identity:
+            raise StoreError(
+                f"{path} is of another study: its data, labels, preprocessing, network or optimiser"
+                " were others. Give another --checkpoints (and --store), or delete the old ones"
+            )
         return tensors, metadata
 
 

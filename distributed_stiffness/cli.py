@@ -6,9 +6,11 @@ interrupted (the store continues).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,7 +50,7 @@ def run_app(application: Callable[[], Any]) -> None:
     except StiffnessError as error:
         console.print(f"error: {error}", style="red", markup=False)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt):
         console.print("interrupted; what is done is kept: run the same command again to go on")
         sys.exit(130)
 
@@ -91,7 +93,7 @@ def report(
     """Draw the figures of a store and write its report."""
     from distributed_stiffness.report import present
 
-    with Progress() as progress:
+    with _interruptible(), Progress() as progress:
         _say(present(store, folder or beside(store), progress))
 
 
@@ -264,19 +266,21 @@ def compute_and_present(study: Study, chosen: Any, *, folder: Path | None = None
     from distributed_stiffness.engine import run_study
     from distributed_stiffness.report import present
 
-    with Progress(quiet=chosen.quiet) as progress:
+    folder = _writable(folder or beside(chosen.store))
+    with _interruptible(), Progress(quiet=chosen.quiet) as progress:
         if "_ray_pkg_" in str(Path.cwd()) and not _is_absolute(chosen.store):
             progress.say(
                 f"note: the store {chosen.store!r} is relative to the job's scratch folder; give"
                 " an absolute path or a URL to keep it"
             )
         store = run_study(study, chosen, progress)
-        _say(present(store, folder or beside(store), progress))
+        _say(present(store, folder, progress))
 
 
 def beside(store: str) -> Path:
     """Return the folder of a store's figures and report: STORE without .zarr; local."""
-    name = store.rstrip("/").removesuffix(".zarr")
+    name = store.rstrip("/")
+    name = name.removesuffix(".zarr") if name.endswith(".zarr") else f"{name}.report"
     return Path("results", name.rpartition("/")[2]) if "://" in name else Path(name)
 
 
@@ -295,6 +299,33 @@ def build_study(build: Callable[[], Study]) -> Study:
             for e in error.errors()
         ]
         raise StudyError("the study makes no sense: " + "; ".join(lines)) from error
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM; typer would swallow a KeyboardInterrupt before it says what is kept."""
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted from error
+
+
+def _writable(folder: Path) -> Path:
+    """Make the folder of figures and report now, not after hours of work.
+
+    Raises:
+        StudyError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StudyError(f"cannot write figures to {folder}: {error}; give --figures") from error
+    return folder
 
 
 def _checked_run(**options: Any) -> Any:
@@ -317,7 +348,7 @@ def _say(lines: list[str]) -> None:
 
 
 def _join(values: tuple[float, ...]) -> str:
-    return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+    return ",".join(map(repr, values))
 
 
 def _split(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:

@@ -70,10 +70,10 @@ class Plan:
         tiles = self.tiling.n_chunks**2
         return (
             f"plan: {self.n_checkpoints} checkpoints × {self.n_examples:,}² pairs,"
-            f" {tiles} tiles of {self.tile:,} each; {_size(self.row_bytes)} a gradient,"
-            f" {min(self.panel_rows, self.n_examples):,} rows held in {_size(self.memory)} a"
+            f" {tiles} tiles of {self.tile:,} each; {in_words(self.row_bytes)} a gradient,"
+            f" {min(self.panel_rows, self.n_examples):,} rows held in {in_words(self.memory)} a"
             f" replica, each gradient made {self.gradients_per_example:.1f} times;"
-            f" up to {_size(self.store_bytes)} on disk"
+            f" up to {in_words(self.store_bytes)} on disk"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -109,9 +109,9 @@ def make_plan(
         # A thousandth more, and rounded up: who gives what the message shows gives enough.
         needed = _three_digits_up(math.ceil(1.001 * making_bytes * SMALLEST_BLOCK / BLOCK_SHARE))
         raise StudyError(
-            f"a memory budget of {_size(memory)} a replica is too small: {SMALLEST_BLOCK} gradients"
-            f" of this network at a time take {_size(needed)}; give --memory {_size(needed)} or"
-            " more, or fewer replicas"
+            f"a memory budget of {in_words(memory)} a replica is too small: {SMALLEST_BLOCK}"
+            f" gradients of this network at a time take {in_words(needed)}; give --memory"
+            f" {in_words(needed)} or more, or fewer replicas"
         )
     block = min(2 ** int(math.log2(block)), LARGEST_BLOCK, tile)
     rows = max(block, int(ROWS_SHARE * memory) // row_bytes)
@@ -133,7 +133,8 @@ def _three_digits_up(n: int) -> int:
     return math.ceil(n / power) * power
 
 
-def _size(n_bytes: float) -> str:
+def in_words(n_bytes: float) -> str:
+    """Return a number of bytes for people, such as 3.2 GB."""
     for unit in ("B", "KB", "MB", "GB"):
         if n_bytes < 999.5:
             return f"{n_bytes:.3g} {unit}"

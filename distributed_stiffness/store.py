@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import botocore.exceptions
 import fsspec
 import numpy as np
 import psutil
@@ -36,7 +38,7 @@ from distributed_stiffness.checkpoints import (
 from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.errors import StoreError
 from distributed_stiffness.gradients.error_bound import MARGIN
-from distributed_stiffness.plan import Plan
+from distributed_stiffness.plan import Plan, in_words
 from distributed_stiffness.study import Study, differences, fingerprint
 from distributed_stiffness.tiling import Checkpoint, Tile, Tiling
 
@@ -111,6 +113,9 @@ _VARIABLES: Mapping[str, _Variable] = {
         fill=-1,
     ),
 }
+
+# What a disk or a bucket raises: s3fs lets errors of its HTTP client through as they are.
+STORAGE_ERRORS = (OSError, botocore.exceptions.BotoCoreError, aiohttp.ClientError)
 
 # Blosc lz4 with bit shuffling is nearly free; crc32c tells any reader of a flipped byte.
 _COMPRESSORS = (
@@ -225,9 +230,28 @@ class Store:
         rows: slice | np.ndarray,
         columns: slice | np.ndarray,
     ) -> np.ndarray:
-        """Read a part of a matrix; each chunk once."""
-        values: np.ndarray = self._arrays[name].oindex[(*_lead(checkpoint), rows, columns)]
+        """Read a part of a matrix; each chunk once.
+
+        Raises:
+            StoreError: a chunk is damaged; names it.
+        """
+        try:
+            values: np.ndarray = self._arrays[name].oindex[(*_lead(checkpoint), rows, columns)]
+        except ValueError as error:
+            raise StoreError(
+                f"{self.url} is damaged ({error}): {', '.join(self._damaged(name, checkpoint))}."
+                " Delete these files and run the same command again: they are computed anew"
+            ) from error
         return values
+
+    def _damaged(self, name: str, checkpoint: Checkpoint | None) -> Iterator[str]:
+        """Name the chunks of a matrix that cannot be read."""
+        lead = _lead(checkpoint)
+        for chunk in sorted(c for c in self._chunks(name) if c[: len(lead)] == lead):
+            try:
+                self._arrays[name].blocks[chunk]
+            except ValueError:
+                yield f"{name}/c/{'/'.join(map(str, chunk))}"
 
     def set_attrs(self, **attrs: Any) -> None:
         """Change attributes in one write; only the driver may.
@@ -427,16 +451,22 @@ def _backend(url: str) -> Any:
 
 
 def _is_there(url: str) -> bool:
-    filesystem, root = fsspec.core.url_to_fs(url)
-    filesystem.invalidate_cache()
     try:
+        filesystem, root = fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise StoreError(f"{url} is no place for a store: {error}") from error
+    try:
+        filesystem.invalidate_cache()
         if filesystem.exists(f"{root}/zarr.json"):
             attributes = _read_metadata(url)["attributes"]
             return "schema_version" not in attributes or "laid_out" in attributes
         if filesystem.exists(root) and filesystem.ls(root):
             raise StoreError(f"{url} exists and is not a store; give another --store")
-    except OSError as error:
-        raise StoreError(f"cannot look into {url}: {error}") from error
+    except STORAGE_ERRORS as error:
+        raise StoreError(
+            f"cannot look into {url}: {error}. Give a path or URL that can be written, with its"
+            " credentials in the environment"
+        ) from error
     return False
 
 
@@ -451,7 +481,8 @@ def _require_room(url: str, plan: Plan) -> None:
     needed = int(0.9 * plan.store_bytes)  # what compression leaves, at least
     if needed > free:
         raise StoreError(
-            f"the store needs about {needed / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB free:"
+            f"the store needs about {in_words(needed)}, {place} has {in_words(free)}"
+            " free:"
             " give --store on a larger disk, fewer --examples, or fewer --iterations"
         )
 
@@ -476,7 +507,7 @@ def _consolidate(url: str) -> None:
 def _explained(url: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except STORAGE_ERRORS as error:
         raise StoreError(
             f"cannot write to {url}: {error}. What was written is kept: make room or mend the"
             " path, and run the same command again"
@@ -495,14 +526,16 @@ def _versions() -> dict[str, str]:
 def _git_revision() -> dict[str, str]:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         revision = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
+            ["git", "rev-parse", "--show-toplevel", "HEAD"],
             cwd=Path(__file__).parent,
             capture_output=True,
             text=True,
             check=True,
             timeout=5,
-        ).stdout.strip()
-        return {"git_revision": revision}
+        ).stdout.split()
+        # Installed within somebody's repository, the package is not what that revision says.
+        if Path(revision[0]) == Path(__file__).parents[1]:
+            return {"git_revision": revision[1]}
     return {}
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from distributed_stiffness.errors import StudyError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Option = bool | int | float | str | list[int]
 
 # Raised by one whenever the gradient code can give other numbers for the same study.
@@ -36,9 +37,9 @@ class Data(Frozen):
     name: str = "digits"
     validation_examples: Annotated[int, Field(ge=0)] | None = None  # None: the whole split
     train_examples: Annotated[int, Field(ge=0)] = 0  # of the training split, put before these
-    sample_seed: Annotated[int, Field(ge=0)] = 0  # draws the examples, balanced over classes
+    sample_seed: Seed = 0  # draws the examples, balanced over classes
     permuted_labels: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of training labels
-    permutation_seed: Annotated[int, Field(ge=0)] = 0
+    permutation_seed: Seed = 0
     unit_norm: bool = True  # each standardised input on the unit sphere, as in the paper
     accept_unverified: bool = False  # read files whose checksums are not the published ones
 
@@ -54,7 +55,7 @@ class Training(Frozen):
     """One training run for each learning rate and seed, all with the same iterations."""
 
     learning_rates: tuple[Positive, ...] = (1e-3,)
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     iterations: tuple[Annotated[int, Field(ge=0)], ...] | None = None  # None: four stages
     epochs: Positive = 10.0  # with iterations None: how long
     batch_size: Annotated[int, Field(ge=1)] = 32
@@ -175,6 +176,27 @@ def fingerprint(study: Study, *, content: str, tile: int) -> dict[str, Any]:
         "tile": tile,
         "gradient_engine": GRADIENT_ENGINE_VERSION,
     }
+
+
+def training_identity(study: Study, *, content: str) -> str:
+    """Return a digest of all that decides the weights of a run at a step, for its checkpoints.
+
+    Rates, seeds and iterations are left out: they are in a checkpoint's name.
+
+    Args:
+        study: of which the checkpoints are.
+        content: hash of the training data, with their labels as they are trained on.
+    """
+    per_run = {"learning_rates", "seeds", "iterations", "epochs"}
+    return digest(
+        {
+            "data": content,
+            "unit_norm": study.data.unit_norm,
+            "model": study.model.model_dump(mode="json"),
+            "training": study.training.model_dump(mode="json", exclude=per_run),
+            "loss": study.loss,
+        }
+    )
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

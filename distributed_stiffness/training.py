@@ -72,24 +72,22 @@ def train(
     model = build_model(study, data, run.seed).to(device)
     optimizer = _optimizer(study.training, model, run.learning_rate)
     torch.manual_seed(run.seed)  # dropout and the like
-    step, rolling = _continue(run, checkpoints, wanted, model, optimizer)
+    step = _continue(run, checkpoints, wanted, model, optimizer)
     steps_per_epoch = study.training.steps_per_epoch(len(data.labelled.train.labels))
     batches = _Batches(data, study.training, run.seed, device)
     loss, last_event = math.nan, time.monotonic()
+    yield TrainingEvent(run, step, loss)  # it has begun: an evaluation may take long
     while True:
         if step in wanted and not checkpoints.exists(run, step):
             metrics = evaluate(model, data, device)
             _require_finite(model, metrics, run, step)
             checkpoints.save(run, step, model, optimizer, metrics)
+            _forget(checkpoints, run, before=step + 1)
             yield TrainingEvent(run, step, loss, checkpoint=step)
-            _drop(checkpoints, run, rolling)
-            rolling = None
-        elif step and step % steps_per_epoch == 0 and step != rolling and step not in wanted:
-            checkpoints.save(run, step, model, optimizer, {})
-            _drop(checkpoints, run, rolling)
-            rolling = step
+        elif step and step % steps_per_epoch == 0 and step not in wanted:
+            checkpoints.save(run, step, model, optimizer, {}, rolling=True)
+            _forget(checkpoints, run, before=step)
         if step >= wanted[-1]:
-            _drop(checkpoints, run, rolling)
             return
         loss = _take_step(model, optimizer, *batches(step), run=run, step=step)
         step += 1
@@ -164,19 +162,17 @@ def _continue(
     wanted: tuple[int, ...],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-) -> tuple[int, int | None]:
-    """Go on from the last checkpoint; return its step, and the step kept only to continue from."""
-    found = [i for i in checkpoints.iterations(run) if i <= wanted[-1]]
-    # A checkpoint that is asked for but missing must be made: go back before it.
-    missing = [i for i in wanted if i not in found]
-    usable = [i for i in found if not missing or i <= missing[0]]
-    step = max(usable, default=0)
-    for leftover in (i for i in found if i not in wanted and i != step):
-        checkpoints.delete(run, leftover)
-    if not usable:
-        return 0, None
-    checkpoints.restore(run, step, model, optimizer)
-    return step, None if step in wanted else step
+) -> int:
+    """Go on from the last checkpoint before what is missing; return its step."""
+    found = checkpoints.iterations(run)
+    missing = min((step for step in wanted if step not in found), default=wanted[-1])
+    steps = [(step, False) for step in found if step <= missing]
+    steps += [(step, True) for step in checkpoints.iterations(run, rolling=True) if step <= missing]
+    if not steps:
+        return 0
+    step, rolling = max(steps)
+    checkpoints.restore(run, step, model, optimizer, rolling=rolling)
+    return step
 
 
 def _take_step(
@@ -217,7 +213,9 @@ def _diverged(what: str, value: float, run: TrainingRun, step: int) -> str:
     )
 
 
-def _drop(checkpoints: Checkpoints, run: TrainingRun, rolling: int | None) -> None:
-    if rolling is not None:
-        with contextlib.suppress(FileNotFoundError):
-            checkpoints.delete(run, rolling)
+def _forget(checkpoints: Checkpoints, run: TrainingRun, *, before: int) -> None:
+    """Delete the checkpoints that were kept only to continue from, and are behind us."""
+    for step in checkpoints.iterations(run, rolling=True):
+        if step < before:
+            with contextlib.suppress(FileNotFoundError):
+                checkpoints.delete(run, step, rolling=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +48,8 @@ def assert_same_bits(left: Path | str, right: Path | str) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def hears_ctrl_c() -> None:
+    """Undo what a shell does to its background processes, in a child: SIGINT is ignored there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

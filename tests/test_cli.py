@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import xarray as xr
+from studies import hears_ctrl_c
 
 ROOT = Path(__file__).parents[1]
 JOBS = sorted(path.name for path in (ROOT / "jobs").glob("*.py"))
@@ -135,6 +138,13 @@ class TestMistakes:
             (["--examples=many"], r"--examples is 'many'"),
             (["--memory=lots"], r"--memory is 'lots'.*4GB"),
             (["--memory=2KB"], r"too small.*--memory"),
+            (["--memory=-4GB"], r"memory is -4000000000 bytes.*more than 0"),
+            (["--seed=99999999999999999999"], r"seeds\.0.*less than"),
+            (["--train-examples=9999"], r"9,999.*training|9,999.*--train-examples"),
+            (["--model-option=widths=[-5]"], r"cannot be built.*-5"),
+            (["--model-option=widths=8"], r"cannot be built"),
+            (["--device=cuda"], r"device is cuda.*--device cpu"),
+            (["--figures=/dev/null/x"], r"cannot write figures to /dev/null/x"),
             (["--precision=float8"], r"precision.*float32.*float64"),
             (["--model=cnn", "--model-option=depth=3"], r"does not take these options"),
             (["--model=pathlib:Path"], r"PosixPath.*torch\.nn\.Module"),
@@ -177,6 +187,23 @@ class TestMistakes:
         assert "'yak'" in ended.stderr
         assert "Traceback" not in ended.stderr
 
+    @pytest.mark.parametrize("url", ["s3://nobody/x.zarr", "nowhere://x.zarr"])
+    def test_a_bucket_that_cannot_be_reached(
+        self, url: str, job: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """
+        A store without credentials, or of an unknown kind, is refused by its URL.
+        """
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+
+        ended = job(*TINY, f"--store={url}", f"--figures={tmp_path}")
+
+        assert ended.returncode == 1
+        assert url in ended.stderr
+        assert "Traceback" not in ended.stderr
+
     def test_a_report_of_nothing(self, tmp_path: Path) -> None:
         """
         `stiffness report` on a path that is no store says so.
@@ -186,6 +213,31 @@ class TestMistakes:
         assert ended.returncode == 1
         assert "none.zarr" in ended.stderr
         assert "Traceback" not in ended.stderr
+
+
+class TestInterruption:
+    def test_ctrl_c_says_how_to_go_on(self, tmp_path: Path) -> None:
+        """
+        SIGINT to a job script: exit code 130, one sentence, no traceback.
+        """
+        words = [*TINY, "--iterations=0,10000000", f"--store={tmp_path / 'x.zarr'}"]
+        running = subprocess.Popen(
+            [sys.executable, str(ROOT / "jobs/mnist.py"), *words],
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=hears_ctrl_c,
+        )
+        assert running.stderr is not None
+        while "training" not in running.stderr.readline():
+            assert running.poll() is None
+        time.sleep(1)
+        running.send_signal(signal.SIGINT)
+
+        errors = running.communicate(timeout=60)[1]
+
+        assert running.returncode == 130
+        assert "run the same command again" in errors
+        assert "Traceback" not in errors
 
 
 class TestImports:

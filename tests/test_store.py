@@ -142,7 +142,7 @@ class TestDisk:
         """
         disk = tmp_path / "disk"
         disk.mkdir()
-        with small_disk(disk, "40k"), pytest.raises(StoreError, match=r"needs about .* GB free"):
+        with small_disk(disk, "40k"), pytest.raises(StoreError, match=r"needs about .* free"):
             run_study(tiny_study(), run_options(disk / "tiny.zarr"))
 
     def test_leftovers_of_dead_writers_are_swept(self, finished: Path) -> None:

@@ -99,7 +99,11 @@ def _digits() -> LabelledData:
 
 
 def _from_factory(name: str) -> LabelledData:
-    made = import_factory(name, "data set", DataError)()
+    factory = import_factory(name, "data set", DataError)
+    try:
+        made = factory()
+    except Exception as error:  # the user's own code: any type of error
+        raise DataError(f"data set {name!r} failed: {type(error).__name__}: {error}") from error
     if isinstance(made, LabelledData):
         return replace(made, name=name, verified=False)
     if not isinstance(made, Mapping):

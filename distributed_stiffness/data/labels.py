@@ -48,7 +48,13 @@ def require_every_class(labels: np.ndarray, class_names: Sequence[str], where: s
 
 
 def subset(
-    split: Split, n: int | None, *, seed: int, n_classes: int, where: str = "split"
+    split: Split,
+    n: int | None,
+    *,
+    seed: int,
+    n_classes: int,
+    where: str = "split",
+    option: str = "--examples",
 ) -> tuple[Split, np.ndarray]:
     """Draw n examples at random, with the classes in the proportions of the split.
 
@@ -64,13 +70,13 @@ def subset(
     n = len(labels) if n is None else n
     if n > len(labels):
         raise DataError(
-            f"asked for {n:,} examples, the {where} has {len(labels):,}; use --examples"
+            f"asked for {n:,} examples, the {where} has {len(labels):,}; use {option}"
             f" {len(labels)} or less"
         )
     if n < n_classes:
         raise DataError(
             f"asked for {n:,} examples of {n_classes} classes: expected at least one of each; use"
-            f" --examples {n_classes} or more"
+            f" {option} {n_classes} or more"
         )
     if n == len(labels):
         return split, np.arange(n, dtype=np.int64)

@@ -73,14 +73,19 @@ def select(
         labelled = replace(labelled, train=replace(labelled.train, labels=labels))
     n_classes = len(labelled.class_names)
     parts: list[tuple[str, Split, np.ndarray]] = []
-    for name, split, wanted in (
-        ("train", labelled.train, data.train_examples),
-        ("validation", labelled.validation, data.validation_examples),
+    for name, option, split, wanted in (
+        ("train", "--train-examples", labelled.train, data.train_examples),
+        ("validation", "--examples", labelled.validation, data.validation_examples),
     ):
         if wanted == 0:
             continue
         chosen, index = subset(
-            split, wanted, seed=data.sample_seed, n_classes=n_classes, where=f"{name} split"
+            split,
+            wanted,
+            seed=data.sample_seed,
+            n_classes=n_classes,
+            where=f"{name} split",
+            option=option,
         )
         require_every_class(chosen.labels, labelled.class_names, where=f"{name} examples")
         parts.append((name, chosen, index))

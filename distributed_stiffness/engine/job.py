@@ -6,6 +6,8 @@ their checkpoints appear, and keeps the books: progress, failures, what to say a
 
 from __future__ import annotations
 
+import math
+import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -14,10 +16,10 @@ from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.engine.replica import Receipt
 from distributed_stiffness.engine.scheduler import Assignment, Scheduler
 from distributed_stiffness.errors import GradientError, StiffnessError, StoreError
-from distributed_stiffness.plan import Plan
+from distributed_stiffness.plan import Plan, in_words
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.store import Store, now, training_run
-from distributed_stiffness.study import Study
+from distributed_stiffness.study import Study, training_identity
 from distributed_stiffness.tiling import Checkpoint, Task, tasks
 from distributed_stiffness.training import TrainingEvent
 
@@ -40,38 +42,43 @@ class Job:
     threads: int | None = None
     scheduler: Scheduler = field(default_factory=Scheduler)
     failures: list[str] = field(default_factory=list)
-    peak_memory: int = 0
 
     def __post_init__(self) -> None:
         self._contents = self.store.contents()
         self._left: Counter[Checkpoint] = Counter()  # tile tasks to do before the check
-        self._steps = dict.fromkeys(self._runs(), 0)
-        self._folder = Checkpoints(self.checkpoints)
+        identity = training_identity(self.study, content=self.data.labelled.content_hash())
+        self.folder = Checkpoints(self.checkpoints, identity=identity)
+        self._taken_up: set[Checkpoint] = set()
+        self._peak_memory, self._seconds, self._write_seconds = 0, 0.0, 0.0
         self._weights = dict(self.store.attrs["weights"])
+        self._steps = {run: self._last_step(run) for run in self._runs()}
         self._training = self.progress.phase(
             "training",
             len(self._steps) * self.study.iterations[-1],
             "steps",
-            done=self._steps_there(),
+            done=sum(self._steps.values()),
         )
         self._tiles = self.progress.phase(
             "tiles", self._tiles_wanted(), "tiles", done=self._tiles_there()
         )
+        self._checks = self.progress.phase(
+            "checks",
+            len(self._all_checkpoints()),
+            "checkpoints",
+            done=len(self._contents.checked),
+        )
         self.scheduler.add(self._tasks("distance", None))
-        for checkpoint in self._all_checkpoints():
-            run, iteration = training_run(self.study, checkpoint)
-            if not self._is_complete(checkpoint) and self._folder.exists(run, iteration):
-                self._checkpoint_ready(checkpoint)
+        self._take_up_checkpoints()
 
     # What is left
 
     def runs_to_train(self) -> list[TrainingRun]:
         """Return the runs with a checkpoint that is needed and not there."""
-        needed: dict[TrainingRun, None] = {}
-        for checkpoint in self._all_checkpoints():
-            run, iteration = training_run(self.study, checkpoint)
-            if not self._is_complete(checkpoint) and not self._folder.exists(run, iteration):
-                needed[run] = None
+        needed = dict.fromkeys(
+            training_run(self.study, checkpoint)[0]
+            for checkpoint in self._all_checkpoints()
+            if checkpoint not in self._taken_up and not self._is_complete(checkpoint)
+        )
         return list(needed)
 
     def assign(self) -> list[Assignment]:
@@ -83,26 +90,32 @@ class Job:
     def training_event(self, event: TrainingEvent) -> None:
         """A run took steps, or wrote a checkpoint."""
         self._steps[event.run] = event.step
-        loss = f"{event.run}: loss {event.loss:.4g}" if event.step else f"{event.run}"
+        known = not math.isnan(event.loss)
+        loss = f"{event.run}: loss {event.loss:.4g}" if known else f"{event.run}"
         self._training.update(max(self._training.done, sum(self._steps.values())), loss)
         if event.checkpoint is not None:
-            checkpoint = self._checkpoint_of(event.run, event.checkpoint)
-            if not self._is_complete(checkpoint):
-                self._checkpoint_ready(checkpoint)
+            self._take_up_checkpoints()
 
-    def training_failed(self, run: TrainingRun, error: BaseException) -> None:
-        """A run ended early: its checkpoints so far are used, the study goes on."""
+    def training_ended(self, run: TrainingRun, error: BaseException | None = None) -> None:
+        """A run ended, early if there is an error: the checkpoints that it left are used."""
         if isinstance(error, StoreError):
             raise error
-        self.failures.append(f"training ({run}): {error}")
+        # An event may be lost with the process that sent it; what is on disk counts.
+        self._take_up_checkpoints()
+        if error is not None:
+            self.failures.append(f"training ({run}): {_in_words(error)}")
 
     def task_done(self, replica: str, receipt: Receipt) -> None:
         """A replica finished a task."""
-        self.peak_memory = max(self.peak_memory, receipt.peak_memory)
+        self._peak_memory = max(self._peak_memory, receipt.peak_memory)
+        self._seconds += receipt.seconds
+        self._write_seconds += receipt.write_seconds
         task = receipt.task
         if not self.scheduler.task_done(replica, task):
             return
-        if task.kind != "check":
+        if task.kind == "check":
+            self._checks.advance()
+        else:
             self._tiles.advance(task.n_tiles, f"peak memory {receipt.peak_memory / 1e9:.2f} GB")
         if task.kind == "pairs" and task.checkpoint is not None:
             self._left[task.checkpoint] -= 1
@@ -118,13 +131,10 @@ class Job:
             raise error
         if isinstance(error, GradientError):
             # The checkpoint is at fault, not the replica: none of its tasks can succeed.
-            self.scheduler.give_up(task, str(error))
-            self.scheduler.task_failed(replica, task, str(error))
-            for other in self._tasks("pairs", task.checkpoint):
-                if other not in self.scheduler.done:
-                    self.scheduler.give_up(other, str(error))
-            return
-        self.scheduler.task_failed(replica, task, f"{type(error).__name__}: {error}")
+            of_checkpoint = self._tasks("pairs", task.checkpoint) if task.checkpoint else []
+            for other in {task, *of_checkpoint} - self.scheduler.done:
+                self.scheduler.give_up(other, str(error))
+        self.scheduler.task_failed(replica, task, _in_words(error))
 
     def finish(self) -> None:
         """Close the books: say that the store is complete, or what is missing and why.
@@ -132,11 +142,24 @@ class Job:
         Raises:
             StudyFailed: something could not be computed; all else is in the store.
         """
-        self._tiles.close()
-        self._training.close()
+        for phase in (self._training, self._tiles, self._checks):
+            phase.close()
+        if self._seconds:
+            self.progress.say(
+                f"replicas worked {self._seconds:.1f} s in all, {self._write_seconds:.1f} s of it"
+                f" writing; peak memory {in_words(self._peak_memory)} each"
+            )
         self.failures += sorted(
             {f"{self._name(task)}: {error}" for task, error in self.scheduler.set_aside.items()}
         )
+        self._contents = self.store.contents()  # the store is the only truth
+        if not self.failures:
+            self.failures = [
+                f"{self._name(Task('check', checkpoint))}: not in the store, for no known reason;"
+                " run the same command again"
+                for checkpoint in self._all_checkpoints()
+                if not self._is_complete(checkpoint)
+            ]
         if self.failures:
             raise StudyFailed(
                 "the study is not complete; what could be computed is in "
@@ -148,10 +171,20 @@ class Job:
 
     # Checkpoints
 
+    def _take_up_checkpoints(self) -> None:
+        """Hand out the tasks of every checkpoint that is on disk and lacks something."""
+        for checkpoint in self._all_checkpoints():
+            run, iteration = training_run(self.study, checkpoint)
+            if checkpoint in self._taken_up or self._is_complete(checkpoint):
+                continue
+            if self.folder.exists(run, iteration):
+                self._taken_up.add(checkpoint)
+                self._checkpoint_ready(checkpoint)
+
     def _checkpoint_ready(self, checkpoint: Checkpoint) -> None:
         """Take up a checkpoint: its weights' hash and metrics go to the store, its tasks wait."""
         run, iteration = training_run(self.study, checkpoint)
-        weights = self._folder.load_weights(run, iteration)
+        weights = self.folder.load_weights(run, iteration)
         place = f"{run.learning_rate!r}/{run.seed}/{iteration}"
         known = self._weights.setdefault(place, weights.sha256)
         if known != weights.sha256:
@@ -199,14 +232,6 @@ class Job:
             for seed in range(len(training.seeds))
         ]
 
-    def _checkpoint_of(self, run: TrainingRun, iteration: int) -> Checkpoint:
-        training = self.study.training
-        return Checkpoint(
-            training.learning_rates.index(run.learning_rate),
-            training.seeds.index(run.seed),
-            self.study.iterations.index(iteration),
-        )
-
     def _runs(self) -> list[TrainingRun]:
         training = self.study.training
         return [TrainingRun(r, s) for r in training.learning_rates for s in training.seeds]
@@ -220,13 +245,19 @@ class Job:
         matrices = [self._contents.distance, *self._contents.tiles.values()]
         return sum(len(tiles) for tiles in matrices)
 
-    def _steps_there(self) -> int:
-        for run in self._steps:
-            self._steps[run] = max(self._folder.iterations(run), default=0)
-        return sum(self._steps.values())
+    def _last_step(self, run: TrainingRun) -> int:
+        steps = self.folder.iterations(run) + self.folder.iterations(run, rolling=True)
+        return min(max(steps, default=0), self.study.iterations[-1])
 
     def _name(self, task: Task) -> str:
         if task.checkpoint is None:
             return "distances"
         run, iteration = training_run(self.study, task.checkpoint)
         return f"{run}, iteration {iteration}"
+
+
+def _in_words(error: BaseException) -> str:
+    """Say what went wrong; for an error that nobody foresaw, with its traceback."""
+    if isinstance(error, StiffnessError):
+        return str(error)
+    return "".join(traceback.format_exception(error)).strip()

@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,8 @@ from distributed_stiffness.training import TrainingEvent, train
 
 WAIT_SECONDS = 1.0  # the longest pause between two looks at the cluster
 IDLE_SECONDS = 10.0  # a replica without work for so long is released while training goes on
-MAX_LOST_REPLICAS = 20  # replicas that may die in one run before it is given up
+PATIENCE_SECONDS = 20.0  # without anything that runs, before it is said what is waited for
+MAX_LOST_REPLICAS = 20  # replicas that may die with no task done between
 MAX_LOST_TRAININGS = 3  # times that one training run may lose its worker
 
 
@@ -80,7 +82,7 @@ def run_on_ray(
 class _ReplicaActor:
     """A `Replica` in a process of its own."""
 
-    def __init__(
+    def build(
         self,
         study: Study,
         data: StudyData,
@@ -89,19 +91,11 @@ class _ReplicaActor:
         checkpoints: str,
         shape: ReplicaShape,
     ) -> None:
+        """Build the replica; not in __init__, whose errors Ray keeps to itself."""
+        torch.set_num_threads(shape.threads)
         self.replica = Replica(
-            study,
-            data,
-            plan,
-            store=store,
-            checkpoints=checkpoints,
-            device=shape.device,
-            threads=shape.threads,
+            study, data, plan, store=store, checkpoints=checkpoints, device=shape.device
         )
-
-    def ready(self) -> int:
-        """Answer once the replica is built."""
-        return os.getpid()
 
     def run(self, task: Task) -> Receipt:
         """Compute a task."""
@@ -110,10 +104,14 @@ class _ReplicaActor:
 
 @ray.remote  # type: ignore[untyped-decorator]  # ray is not typed
 def _train(
-    study: Study, run: TrainingRun, data: StudyData, checkpoints: str, shape: ReplicaShape
+    study: Study,
+    run: TrainingRun,
+    data: StudyData,
+    checkpoints: Checkpoints,
+    shape: ReplicaShape,
 ) -> Iterator[TrainingEvent]:
     torch.set_num_threads(shape.threads)
-    yield from train(study, run, data, Checkpoints(checkpoints), device=shape.device)
+    yield from train(study, run, data, checkpoints, device=shape.device)
 
 
 @ray.remote  # type: ignore[untyped-decorator]
@@ -140,8 +138,10 @@ class _Driver:
         self._actors: dict[str, _Actor] = {}
         self._running: dict[Any, tuple[str, Task]] = {}
         self._trainings: dict[Any, TrainingRun] = {}
-        self._lost_trainings: dict[TrainingRun, int] = {}
-        self._lost_replicas = self._started = 0
+        self._begun: set[Any] = set()  # trainings that have said something
+        self._lost_trainings: Counter[TrainingRun] = Counter()
+        self._lost_in_a_row = self._started = 0
+        self._nothing_since = time.monotonic()
 
     def run_to_the_end(self) -> None:
         """Run until nothing is left that can be done."""
@@ -167,10 +167,13 @@ class _Driver:
     def _wait(self) -> None:
         starting = {a.ready: name for name, a in self._actors.items() if a.ready is not None}
         events = [*self._trainings, *self._running, *starting]
+        self._say_what_is_waited_for(len(events))
         if not events:
             time.sleep(0.05)
             return
         ready, _ = ray.wait(events, timeout=WAIT_SECONDS, fetch_local=False)
+        if ready:
+            self._nothing_since = time.monotonic()
         for event in ready:
             if event in self._running:
                 self._task_ended(event)
@@ -179,15 +182,28 @@ class _Driver:
             else:
                 self._training_went_on(event)
 
+    def _say_what_is_waited_for(self, asked: int) -> None:
+        """Where others hold the cluster, nothing starts: say so instead of standing still."""
+        at_work = self._running or self._begun & set(self._trainings)
+        if at_work or time.monotonic() - self._nothing_since < PATIENCE_SECONDS:
+            return
+        self._nothing_since = time.monotonic()
+        free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+        self._job.progress.say(
+            f"waiting for room on the cluster: {asked} asked for, each {self._shape.resources()};"
+            f" free in all: {free or 'nothing'}"
+        )
+
     def _task_ended(self, reference: Any) -> None:
         name, task = self._running.pop(reference)
         try:
             receipt = ray.get(reference)
-        except ray.exceptions.RayActorError:
-            self._replica_lost(name)
-        except Exception as error:  # whatever the task raised: the job decides
+        except ray.exceptions.RayTaskError as error:  # what the task raised: the job decides
             self._job.task_failed(name, task, _cause(error))
+        except ray.exceptions.RayError as error:  # the process, its node or its memory is gone
+            self._replica_lost(name, error)
         else:
+            self._lost_in_a_row = 0
             self._job.task_done(name, receipt)
         if name in self._actors:
             self._actors[name].idle_since = time.monotonic()
@@ -196,12 +212,15 @@ class _Driver:
         actor = self._actors[name]
         try:
             ray.get(actor.ready)
-        except ray.exceptions.RayActorError as error:
-            # An error in __init__ comes wrapped; ours says what to do, so it goes up.
+        except ray.exceptions.RayTaskError as error:
             cause = _cause(error)
             if isinstance(cause, StiffnessError):
                 raise cause from error
-            self._replica_lost(name)
+            raise ClusterError(f"a replica cannot be built on its node: {error}") from error
+        except ray.exceptions.RayError as error:
+            if getattr(error, "actor_init_failed", False):
+                raise ClusterError(f"a replica cannot be started on its node: {error}") from error
+            self._replica_lost(name, error)
         else:
             actor.ready, actor.idle_since = None, time.monotonic()
             self._job.scheduler.replica_ready(name)
@@ -210,14 +229,16 @@ class _Driver:
         run = self._trainings[generator]
         try:
             self._job.training_event(ray.get(next(generator)))
+            self._begun.add(generator)
         except StopIteration:
             del self._trainings[generator]
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
+            self._job.training_ended(run)
+        except ray.exceptions.RayTaskError as error:
             del self._trainings[generator]
-            self._training_lost(run, error)
+            self._job.training_ended(run, _cause(error))
         except ray.exceptions.RayError as error:
             del self._trainings[generator]
-            self._job.training_failed(run, _cause(error))
+            self._training_lost(run, error)
 
     # Starting and losing
 
@@ -225,16 +246,18 @@ class _Driver:
         job = self._job
         generator = _train.options(
             num_returns="streaming", max_retries=0, **self._shape.resources()
-        ).remote(job.study, run, self._data, job.checkpoints, self._shape)
+        ).remote(job.study, run, self._data, job.folder, self._shape)
         self._trainings[generator] = run
 
     def _training_lost(self, run: TrainingRun, error: BaseException) -> None:
-        self._lost_trainings[run] = self._lost_trainings.get(run, 0) + 1
+        self._lost_trainings[run] += 1
         if self._lost_trainings[run] > MAX_LOST_TRAININGS:
-            self._job.training_failed(run, error)
+            self._job.training_ended(run, error)
             return
-        self._job.progress.say(f"training ({run}): its worker died; going on from its last"
-                               " checkpoint")  # fmt: skip
+        self._job.progress.say(
+            f"training ({run}): its worker died ({_first_line(error)}); going on from its last"
+            " checkpoint"
+        )
         self._start_training(run)
 
     def _adjust_replicas(self) -> None:
@@ -262,21 +285,26 @@ class _Driver:
         name = f"replica-{self._started}"
         handle = _ReplicaActor.options(  # type: ignore[attr-defined]
             max_restarts=0, **self._shape.resources()
-        ).remote(job.study, self._data, job.plan, job.store.url, job.checkpoints, self._shape)
-        self._actors[name] = _Actor(handle, handle.ready.remote())
+        ).remote()
+        built = handle.build.remote(
+            job.study, self._data, job.plan, job.store.url, job.checkpoints, self._shape
+        )
+        self._actors[name] = _Actor(handle, built)
 
-    def _replica_lost(self, name: str) -> None:
+    def _replica_lost(self, name: str, error: BaseException) -> None:
         if name not in self._actors:
             return  # its other task told us already
-        lost = self._job.scheduler.replica_lost(name)
+        lost = self._job.scheduler.replica_lost(name, error=_first_line(error))
         self._release(name)
-        self._lost_replicas += 1
-        self._job.progress.say(f"{name} died; {len(lost)} of its tasks go to another")
-        if self._lost_replicas > MAX_LOST_REPLICAS:
+        self._lost_in_a_row += 1
+        self._job.progress.say(
+            f"{name} died ({_first_line(error)}); {len(lost)} of its tasks go to another"
+        )
+        if self._lost_in_a_row > MAX_LOST_REPLICAS:
             raise ClusterError(
-                f"{self._lost_replicas} replicas died in this run; the last had {len(lost)} tasks."
-                " If they run out of memory, give a smaller --memory or fewer --max-replicas;"
-                " what is done is in the store"
+                f"{self._lost_in_a_row} replicas died with no task done between, the last with:"
+                f" {error}. If they run out of memory, give a smaller --memory or fewer"
+                " --max-replicas; what is done is in the store"
             )
 
     def _release(self, name: str) -> None:
@@ -390,7 +418,14 @@ def _object_store_bytes(data: StudyData) -> int:
     return 2**28 + 2 * sum(s.inputs.nbytes + s.labels.nbytes for s in splits)
 
 
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 def _cause(error: BaseException) -> BaseException:
-    """Return the error that a task raised, out of Ray's wrapping."""
+    """Return the error that a task raised, out of Ray's wrapping, with its remote traceback."""
     cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, BaseException) else error
+    if not isinstance(cause, BaseException):
+        return error
+    cause.add_note(str(error))
+    return cause

@@ -38,7 +38,6 @@ class Receipt:
     """What a task took; the numbers themselves are in the store."""
 
     task: Task
-    tiles: int
     seconds: float
     write_seconds: float
     peak_memory: int  # bytes, of the process, so far
@@ -56,10 +55,7 @@ class Replica:
         store: str,
         checkpoints: str,
         device: str = "cpu",
-        threads: int | None = None,
     ) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
         self.study, self.data, self.plan, self.device = study, data, plan, device
         self.store, self.checkpoints = Store(store), Checkpoints(checkpoints)
         self._held = _HeldRows(int(ROWS_SHARE * plan.memory))
@@ -77,7 +73,6 @@ class Replica:
         {"pairs": self._pairs, "distance": self._distance, "check": self._check}[task.kind](task)
         return Receipt(
             task,
-            task.n_tiles,
             time.monotonic() - started,
             self._write_seconds,
             peak_memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
@@ -133,7 +128,7 @@ class Replica:
         undecided = 0
         for i, j in tiling.upper():
             tile = self.store.read("cosine", checkpoint, tiling.examples(i), tiling.examples(j))
-            below = np.abs(tile) < bound
+            below = (np.abs(tile) < bound) & (tile != 0)  # exactly 0: a gradient is zero
             undecided += int(np.triu(below, 1).sum() if i == j else below.sum())
         # `undecided` last: the store counts a checkpoint as checked when it is there.
         self.store.write_values(checkpoint, error_bound=bound)

@@ -42,7 +42,8 @@ class Run:
     @property
     def checkpoint_folder(self) -> str:
         """Where checkpoints go: STORE without .zarr, plus .checkpoints."""
-        return self.checkpoints or f"{absolute(self.store).removesuffix('.zarr')}.checkpoints"
+        beside = f"{self.store.rstrip('/').removesuffix('.zarr')}.checkpoints"
+        return absolute(self.checkpoints or beside)
 
 
 def run_study(study: Study, run: Run, progress: Progress | None = None) -> str:
@@ -57,6 +58,10 @@ def run_study(study: Study, run: Run, progress: Progress | None = None) -> str:
     if progress is None:
         with Progress(quiet=run.quiet) as progress:
             return run_study(study, run, progress)
+    if run.engine == "serial" and run.device == "cuda" and not torch.cuda.is_available():
+        raise StudyError("device is cuda, but this machine has none: give --device cpu")
+    if run.memory is not None and run.memory <= 0:
+        raise StudyError(f"memory is {run.memory} bytes: expected more than 0, such as 4GB")
     data = select(
         study.data, directory=run.data_directory, download=run.download, progress=progress
     )

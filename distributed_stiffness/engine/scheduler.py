@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from distributed_stiffness.tiling import Task
 
 IN_FLIGHT = 2  # tasks a replica has at a time: the next one waits there while this one computes
-MAX_FAILURES = 3  # different replicas a task may fail on before it is set aside
+MAX_FAILURES = 3  # times a task may fail, on different replicas where there are as many
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Scheduler:
         self._waiting: dict[Task, None] = {}  # in the order they came
         self._replicas: dict[str, _Replica] = {}
         self._failed_on: dict[Task, set[str]] = {}
+        self._failures: Counter[Task] = Counter()
         self.set_aside: dict[Task, str] = {}  # task -> the last error
         self.done: set[Task] = set()
 
@@ -59,10 +60,15 @@ class Scheduler:
         """A replica can take tasks."""
         self._replicas.setdefault(replica, _Replica())
 
-    def replica_lost(self, replica: str) -> list[Task]:
-        """A replica is gone; its tasks wait again. Return them."""
+    def replica_lost(self, replica: str, error: str | None = None) -> list[Task]:
+        """A replica is gone; its tasks wait again. Return them.
+
+        With an `error`, it died: the task that ran may have killed it, and counts as failed.
+        """
         lost = self._replicas.pop(replica, _Replica()).tasks
         self._put_back(lost)
+        if lost and error is not None:
+            self._count_failure(replica, lost[0], error)
         return lost
 
     def task_done(self, replica: str, task: Task) -> bool:
@@ -75,15 +81,11 @@ class Scheduler:
         return is_new
 
     def task_failed(self, replica: str, task: Task, error: str) -> None:
-        """A task raised an error: it is tried elsewhere, and set aside after enough replicas."""
+        """A task raised an error: it is tried again, elsewhere if it can be, a few times."""
         if not self._release(replica, task) or task in self.done or task in self.set_aside:
             return  # late news of a lost replica, or given up meanwhile
-        failed_on = self._failed_on.setdefault(task, set())
-        failed_on.add(replica)
-        if len(failed_on) >= self._max_failures or failed_on >= set(self._replicas):
-            self.set_aside[task] = error
-        else:
-            self._put_back([task])
+        self._put_back([task])
+        self._count_failure(replica, task, error)
 
     def give_up(self, task: Task, error: str) -> None:
         """Set a task aside: it cannot succeed. If it runs and does all the same, it is done."""
@@ -144,6 +146,13 @@ class Scheduler:
         """A task goes to replicas that it has not failed on, as long as there are any."""
         failed_on = self._failed_on.get(task, set())
         return name not in failed_on or failed_on >= set(self._replicas)
+
+    def _count_failure(self, replica: str, task: Task, error: str) -> None:
+        """Set a waiting task aside when it has failed often enough."""
+        self._failed_on.setdefault(task, set()).add(replica)
+        self._failures[task] += 1
+        if self._failures[task] >= self._max_failures and task in self._waiting:
+            self.give_up(task, error)
 
     def _put_back(self, tasks: Iterable[Task]) -> None:
         """Lost tasks go first: they hold up the end of their checkpoint."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from distributed_stiffness.checkpoints import Checkpoints
+import torch
+
 from distributed_stiffness.engine.job import Job
 from distributed_stiffness.engine.replica import Replica
 from distributed_stiffness.training import train
@@ -12,13 +13,16 @@ NAME = "this process"
 
 def run_serially(job: Job) -> None:
     """Train, compute and check everything that the store of `job` lacks."""
-    checkpoints = Checkpoints(job.checkpoints)
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
     for run in job.runs_to_train():
         try:
-            for event in train(job.study, run, job.data, checkpoints, device=job.device):
+            for event in train(job.study, run, job.data, job.folder, device=job.device):
                 job.training_event(event)
         except Exception as error:
-            job.training_failed(run, error)
+            job.training_ended(run, error)
+        else:
+            job.training_ended(run)
     replica = Replica(
         job.study,
         job.data,
@@ -26,7 +30,6 @@ def run_serially(job: Job) -> None:
         store=job.store.url,
         checkpoints=job.checkpoints,
         device=job.device,
-        threads=job.threads,
     )
     job.scheduler.replica_ready(NAME)
     while assignments := job.assign():

@@ -49,6 +49,7 @@ def sample_examples(
     drawn = np.sort(random.choice(n_examples, size=n, replace=False))
     nearness = np.abs(read(drawn, np.arange(n_examples))).mean(0)
     nearness[drawn] = np.inf
+    nearness[nearness == 0] = 2.0  # a zero gradient goes last: nothing to go wrong
     near_zero = np.argsort(nearness, kind="stable")[: min(HALF, n_examples - n)]
     examples = np.sort(np.concatenate([drawn, near_zero]))
     return Sample(examples, read(examples, examples))

@@ -42,6 +42,7 @@ class Recipe:
     one_by_one: tuple[str, ...]  # autograd on one example at a time
     unused: tuple[str, ...]  # no use in the forward pass: the gradient is 0
     rules: Mapping[str, str]  # parameter -> the rule's name, or why it has none
+    uses: Mapping[str, int]  # parameter -> calls with a rule that take it
 
     @property
     def dense(self) -> tuple[str, ...]:
@@ -107,7 +108,7 @@ class PerExampleGradients:
         """Return the unit gradients of a block of examples, with their norms and losses."""
         inputs, targets = self._prepared(inputs, targets)
         with full_float32():
-            head, uses = self._differentiate(inputs, targets)
+            head, uses = self._by_recipe(inputs, targets)
             dense = self._dense(inputs, head, uses)
         return unit_rows(
             [self._factors(uses[name]) for name in self.recipe.factored],
@@ -128,7 +129,7 @@ class PerExampleGradients:
         """
         inputs, targets = self._prepared(inputs, targets)
         with full_float32():
-            head, uses = self._differentiate(inputs, targets)
+            head, uses = self._by_recipe(inputs, targets)
             gradients = self._by_parameter(inputs, head, uses, tuple(self.parameters))
         factor = head.scale
         if unit:
@@ -183,6 +184,7 @@ class PerExampleGradients:
             one_by_one=one_by_one,
             unused=tuple(name for name in rest if not count[name]),
             rules=rules,
+            uses=count,
         )
 
     def _split_by_torch_func(
@@ -222,6 +224,27 @@ class PerExampleGradients:
                 f" {count_examples(inputs)} examples, expected N first"
             )
         return capture, outputs
+
+    def _by_recipe(
+        self, inputs: Inputs, targets: Tensor
+    ) -> tuple[LossHead, dict[str, list[tuple[str, Use, Tensor]]]]:
+        """Differentiate, and check that these examples use parameters as the recipe says.
+
+        Raises:
+            GradientError: they do not, as in a network whose path depends on its inputs.
+        """
+        head, uses = self._differentiate(inputs, targets)
+        by_function = {*self.recipe.functional, *self.recipe.one_by_one}
+        for name, found in uses.items():
+            expected = self.recipe.uses.get(name, 0)
+            if name not in by_function and len(found) != expected:
+                raise GradientError(
+                    f"parameter {name!r} is used {len(found)} times by a block of"
+                    f" {count_examples(inputs)} examples, but {expected} times by the first few:"
+                    " the network's path depends on its inputs or on the size of the block, so"
+                    " that its gradients cannot be taken a block at a time"
+                )
+        return head, uses
 
     def _differentiate(
         self, inputs: Inputs, targets: Tensor

@@ -64,7 +64,14 @@ def build(
         ) from error
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = builder(**arguments)
+        try:
+            model = builder(**arguments)
+        except ModelError:
+            raise
+        except Exception as error:  # the user's own code, or options of a wrong kind
+            raise ModelError(
+                f"model {name!r} cannot be built with {arguments}: {type(error).__name__}: {error}"
+            ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name} returned {type(model).__name__}, expected a torch.nn.Module")
     return model
@@ -81,9 +88,10 @@ def check_outputs(model: nn.Module, inputs: torch.Tensor, n_classes: int, name: 
     try:
         with torch.no_grad():
             outputs = model(inputs)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except Exception as error:  # the user's own code: any type of error
         raise ModelError(
-            f"model {name!r} does not take inputs of shape {tuple(inputs.shape)}: {error}"
+            f"model {name!r} does not take inputs of shape {tuple(inputs.shape)}:"
+            f" {type(error).__name__}: {error}"
         ) from error
     finally:
         model.train(was_training)

@@ -42,6 +42,6 @@ def present(store: str, folder: str | Path, progress: Progress | None = None) ->
     return [
         *findings(numbers),
         f"Report: {page}",
-        f"Figures: {', '.join(str(path) for path in figures.values())}",
+        f"Figures: {folder} ({', '.join(path.name for path in figures.values())})",
         f"Store: {store}, opens with xarray.open_zarr",
     ]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from studies import arrays, assert_same_bits, run_options, tiny_study
+from studies import arrays, assert_same_bits, hears_ctrl_c, run_options, tiny_study
 
 from distributed_stiffness.engine import run_study
 from distributed_stiffness.errors import ClusterError, StoreError
@@ -61,6 +61,7 @@ def start_driver(store: Path) -> subprocess.Popen[str]:
         | {"PYTHONPATH": str(TESTS)},
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hears_ctrl_c,
     )
 
 

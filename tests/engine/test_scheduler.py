@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -32,6 +34,7 @@ class Study(RuleBasedStateMachine):
         self.running: dict[str, list[Task]] = {}
         self.last: dict[str, Task] = {}
         self.failed_on: dict[Task, set[str]] = {}
+        self.failures: Counter[Task] = Counter()
         self.replicas_seen = self.iterations = 0
 
     # What happens
@@ -62,6 +65,19 @@ class Study(RuleBasedStateMachine):
         self.last.pop(name, None)
 
         assert self.scheduler.replica_lost(name) == lost
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def a_replica_dies(self, data):
+        """The task that ran may have killed it, and counts as failed."""
+        name = data.draw(st.sampled_from(sorted(self.running)))
+        lost = self.running.pop(name)
+        self.last.pop(name, None)
+
+        assert self.scheduler.replica_lost(name, error="killed") == lost
+        if lost and lost[0] not in self.scheduler.done:
+            self.failed_on.setdefault(lost[0], set()).add(name)
+            self.failures[lost[0]] += 1
 
     @precondition(lambda self: any(self.running.values()))
     @rule(data=st.data())
@@ -151,10 +167,10 @@ class Study(RuleBasedStateMachine):
     def fails(self, name, task):
         was_aside = task in self.scheduler.set_aside
         self.failed_on.setdefault(task, set()).add(name)
+        self.failures[task] += 1
         self.scheduler.task_failed(name, task, "it failed")
-        failed_on = self.failed_on[task]
-        if task in self.scheduler.set_aside and not was_aside:
-            assert len(failed_on) >= MAX_FAILURES or failed_on >= set(self.running)
+        if not was_aside:
+            assert (task in self.scheduler.set_aside) == (self.failures[task] >= MAX_FAILURES)
 
     def assign(self):
         aside, waiting = set(self.scheduler.set_aside), self.waiting()
@@ -281,23 +297,41 @@ class TestFailures:
         assert scheduler.idle
 
     def test_fewer_replicas_too(self, scheduler):
-        """Where there are only two, both have tried."""
+        """Where there are only two, both have tried, and one of them again."""
         task = self.fail_on(scheduler, ["a", "b"])
+        assert task not in scheduler.set_aside
+        (assignment,) = scheduler.assign()
+        scheduler.task_failed(assignment.replica, task, "no luck again")
 
-        assert task in scheduler.set_aside
+        assert scheduler.set_aside == {task: "no luck again"}
+
+    def test_a_task_that_kills_its_replicas(self):
+        """A task that three replicas died of is set aside; the one queued behind it is not."""
+        first, second = matrix(0, 2, 2)[:2]
+        scheduler = Scheduler()
+        scheduler.add([first, second])
+        for name in "abc":
+            scheduler.replica_ready(name)
+            scheduler.assign()
+            assert scheduler.replica_lost(name, error=f"{name} was killed") == [first, second]
+
+        assert scheduler.set_aside == {first: "c was killed"}
+        scheduler.replica_ready("d")
+        assert [a.task for a in scheduler.assign()] == [second]
 
     def test_the_only_replica_that_had_not_tried_dies(self, scheduler):
         """The task waits for nobody: it is tried once more, or set aside, never left hanging."""
         task = self.fail_on(scheduler, ["a"])
         scheduler.replica_lost("b")
 
-        assert [a.task for a in scheduler.assign()] == [task]
-        scheduler.task_failed("a", task, "again")
+        for error in ("again", "and again"):
+            assert [a.task for a in scheduler.assign()] == [task]
+            scheduler.task_failed("a", task, error)
         assert task in scheduler.set_aside
 
     def test_what_was_set_aside_is_not_added_again(self, scheduler):
         """Nor what is done or running."""
-        task = self.fail_on(scheduler, ["a", "b"])
+        task = self.fail_on(scheduler, ["a", "b", "a"])
         scheduler.add([task])
 
         assert scheduler.idle

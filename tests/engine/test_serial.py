@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ import torch
 import xarray as xr
 from studies import arrays, assert_same_bits, run_options, tiny_study
 
+from distributed_stiffness import training
 from distributed_stiffness.checkpoints import Checkpoints, TrainingRun
 from distributed_stiffness.data.selection import select
-from distributed_stiffness.engine import StudyFailed, run_study
+from distributed_stiffness.engine import StudyFailed, run_study, serial
 from distributed_stiffness.errors import ModelError, StoreError, StudyError
-from distributed_stiffness.study import Data, Gradients, Model, Training
-from distributed_stiffness.training import build_model
+from distributed_stiffness.study import Data, Gradients, Model, Training, training_identity
+from distributed_stiffness.training import TrainingEvent, build_model, train
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +169,80 @@ class TestResume:
 
         assert_same_bits(finished, store)
 
+    def test_a_rolling_checkpoint_is_not_one_that_was_asked_for(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """
+        Training that stopped between checkpoints leaves one to continue from; a study that asks
+        for just that step measures it, and gets the numbers of an undisturbed run.
+        """
+        long = tiny_study(training=Training(learning_rates=(1e-2,), iterations=(0, 60)))
+        short = tiny_study(training=Training(learning_rates=(1e-2,), iterations=(0, 41, 60)))
+        data = select(long.data)
+        identity = training_identity(long, content=data.labelled.content_hash())
+        folder, run = (
+            Checkpoints(tmp_path / "x.checkpoints", identity=identity),
+            TrainingRun(1e-2, 0),
+        )
+        monkeypatch.setattr(training, "EVENT_SECONDS", 0)  # so that it can be stopped anywhere
+        steps = train(long, run, data, folder)
+        while 41 not in folder.iterations(run, rolling=True):  # an epoch of the digits
+            next(steps)
+
+        run_study(short, run_options(tmp_path / "x.zarr"))
+        run_study(short, run_options(tmp_path / "fresh.zarr"))
+
+        assert_same_bits(tmp_path / "x.zarr", tmp_path / "fresh.zarr")
+        assert np.isfinite(arrays(tmp_path / "x.zarr")["train_loss"]).all()
+        assert not folder.iterations(run, rolling=True)
+
+    def test_a_checkpoint_whose_news_was_lost_is_computed(
+        self, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """
+        A training process that dies between writing a checkpoint and saying so loses nothing.
+        """
+
+        def silent(*arguments: object, **options: object) -> Iterator[TrainingEvent]:
+            return (e for e in train(*arguments, **options) if e.checkpoint is None)
+
+        monkeypatch.setattr(serial, "train", silent)
+        run_study(tiny_study(), run_options(tmp_path / "tiny.zarr"))
+
+        assert_same_bits(finished, tmp_path / "tiny.zarr")
+
+    def test_a_damaged_tile_is_named(self, tmp_path: Path) -> None:
+        """
+        A flipped byte in a tile ends the run with the file's name; without the file it completes.
+        """
+        store = tmp_path / "tiny.zarr"
+        run_study(tiny_study(), run_options(store))
+        chunk = store / "cosine/c/0/0/1/0/1"
+        good = chunk.read_bytes()
+        chunk.write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
+        (store / "undecided/c/0/0/1").unlink()
+
+        with pytest.raises(StoreError, match="cosine/c/0/0/1/0/1"):
+            run_study(tiny_study(), run_options(store))
+
+        chunk.unlink()
+        run_study(tiny_study(), run_options(store))
+        assert chunk.read_bytes() == good
+
 
 class TestRefusals:
+    def test_checkpoints_of_another_study_are_refused(self, finished: Path, tmp_path: Path) -> None:
+        """
+        The store is gone, the checkpoints are there, the labels are others: nothing is mixed.
+        """
+        shutil.copytree(
+            str(finished).replace(".zarr", ".checkpoints"), tmp_path / "tiny.checkpoints"
+        )
+        permuted = tiny_study().data.model_copy(update={"permuted_labels": 1.0})
+
+        with pytest.raises(StoreError, match="of another study"):
+            run_study(tiny_study(data=permuted), run_options(tmp_path / "tiny.zarr"))
+
     def test_another_study_is_refused_by_the_field_that_differs(self, finished: Path) -> None:
         """
         A store of another study is refused; the message says what was and what is.
