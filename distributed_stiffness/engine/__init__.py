@@ -1,6 +1,7 @@
 """The engine: what is left of a study, who computes it, and where."""
 
 from distributed_stiffness.engine.job import StudyFailed
-from distributed_stiffness.engine.run import Run, run_study
+from distributed_stiffness.engine.prepare import Run
+from distributed_stiffness.engine.run import run_study
 
 __all__ = ["Run", "StudyFailed", "run_study"]

@@ -39,7 +39,6 @@ class Job:
     checkpoints: str
     progress: Progress
     device: str = "cpu"
-    threads: int | None = None
     scheduler: Scheduler = field(default_factory=Scheduler)
     failures: list[str] = field(default_factory=list)
 

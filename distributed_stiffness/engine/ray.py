@@ -30,6 +30,7 @@ import torch
 from distributed_stiffness.checkpoints import Checkpoints, TrainingRun
 from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.engine.job import Job
+from distributed_stiffness.engine.prepare import Prepared, Run
 from distributed_stiffness.engine.replica import Receipt, Replica
 from distributed_stiffness.engine.resources import (
     Node,
@@ -37,12 +38,9 @@ from distributed_stiffness.engine.resources import (
     choose_shape,
     require_fit,
 )
-from distributed_stiffness.engine.run import Run, absolute, plan_study
 from distributed_stiffness.errors import ClusterError, StiffnessError
-from distributed_stiffness.gradients.per_example import PerExampleGradients
 from distributed_stiffness.plan import Plan
 from distributed_stiffness.progress import Progress
-from distributed_stiffness.store import create_or_continue
 from distributed_stiffness.study import Study
 from distributed_stiffness.tiling import Task
 from distributed_stiffness.training import TrainingEvent, train
@@ -54,25 +52,15 @@ MAX_LOST_REPLICAS = 20  # replicas that may die with no task done between
 MAX_LOST_TRAININGS = 3  # times that one training run may lose its worker
 
 
-def run_on_ray(
-    study: Study,
-    data: StudyData,
-    gradients: PerExampleGradients,
-    run: Run,
-    progress: Progress,
-) -> str:
+def run_on_ray(prepared: Prepared) -> None:
     """Compute a study on a Ray cluster, or on a local Ray that is started for it."""
-    with _session(run, data, progress):
+    run, progress = prepared.run, prepared.progress
+    with _session(run, prepared.data, progress):
         shape = _shape(run, progress)
-        url = absolute(run.store)
-        plan = plan_study(study, data, gradients, memory=shape.memory, store=url)
-        progress.say(plan.describe())
         progress.say(shape.describe())
-        store = create_or_continue(url, study, data, plan)
-        job = Job(study, data, plan, store, run.checkpoint_folder, progress)
+        job = prepared.job(memory=shape.memory, device=shape.device)
         _Driver(job, shape, run.max_replicas).run_to_the_end()
         job.finish()
-    return url
 
 
 # What runs on the cluster

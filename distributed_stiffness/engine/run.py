@@ -1,49 +1,11 @@
-"""From a study to a finished store: load, check, plan, lay out, compute."""
+"""From a study to a finished store."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
-
-import torch
-
-from distributed_stiffness.data.selection import StudyData, select
-from distributed_stiffness.engine.job import Job
+from distributed_stiffness.engine.prepare import Run, prepare
 from distributed_stiffness.engine.serial import run_serially
-from distributed_stiffness.errors import StudyError
-from distributed_stiffness.gradients.per_example import PerExampleGradients
-from distributed_stiffness.gradients.self_check import EXAMPLES, self_check
-from distributed_stiffness.models import check_outputs
-from distributed_stiffness.plan import Plan, make_plan
 from distributed_stiffness.progress import Progress
-from distributed_stiffness.store import create_or_continue, stored_plan
 from distributed_stiffness.study import Study
-from distributed_stiffness.training import build_model
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """Where and how a study is computed; nothing here changes a number beyond the error bound."""
-
-    store: str = "results/study.zarr"
-    checkpoints: str | None = None  # None: beside the store
-    data_directory: str | None = None
-    download: bool = True
-    engine: Literal["ray", "serial"] = "ray"
-    address: str | None = None  # of a Ray cluster; None: RAY_ADDRESS, else a local one is started
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_replicas: int | None = None  # None: as many as the cluster holds
-    threads: int | None = None  # of a CPU replica; None: a quarter of the smallest node's cores
-    memory: int | None = None  # bytes a replica may use; None: its share of the node's
-    wait_for_nodes: float | None = None  # seconds; None: only when an autoscaler can help
-    quiet: bool = False
-
-    @property
-    def checkpoint_folder(self) -> str:
-        """Where checkpoints go: STORE without .zarr, plus .checkpoints."""
-        beside = f"{self.store.rstrip('/').removesuffix('.zarr')}.checkpoints"
-        return absolute(self.checkpoints or beside)
 
 
 def run_study(study: Study, run: Run, progress: Progress | None = None) -> str:
@@ -58,114 +20,11 @@ def run_study(study: Study, run: Run, progress: Progress | None = None) -> str:
     if progress is None:
         with Progress(quiet=run.quiet) as progress:
             return run_study(study, run, progress)
-    if run.engine == "serial" and run.device == "cuda" and not torch.cuda.is_available():
-        raise StudyError("device is cuda, but this machine has none: give --device cpu")
-    if run.memory is not None and run.memory <= 0:
-        raise StudyError(f"memory is {run.memory} bytes: expected more than 0, such as 4GB")
-    data = select(
-        study.data, directory=run.data_directory, download=run.download, progress=progress
-    )
-    study = study.resolved(len(data.labelled.train.labels))
-    progress.say(describe(study, data))
-    gradients = _checked(study, data, progress)
+    prepared = prepare(study, run, progress)
     if run.engine == "serial":
-        return _compute_serially(study, data, gradients, run, progress)
-    from distributed_stiffness.engine.ray import run_on_ray  # only here: imports ray
+        run_serially(prepared)
+    else:
+        from distributed_stiffness.engine.ray import run_on_ray  # only here: imports ray
 
-    return run_on_ray(study, data, gradients, run, progress)
-
-
-def plan_study(
-    study: Study, data: StudyData, gradients: PerExampleGradients, *, memory: int, store: str
-) -> Plan:
-    """Fit the study into `memory` bytes a replica; an existing store keeps its plan's tiles.
-
-    Raises:
-        StudyError: it does not fit.
-    """
-    row_bytes, making_bytes = gradients.bytes_per_example(*_sample(data))
-    plan = make_plan(
-        n_examples=data.n_examples,
-        n_checkpoints=len(study.iterations)
-        * len(study.training.learning_rates)
-        * len(study.training.seeds),
-        row_bytes=row_bytes,
-        making_bytes=making_bytes,
-        memory=memory,
-        tile=study.gradients.tile,
-    )
-    return stored_plan(store, plan)
-
-
-def describe(study: Study, data: StudyData) -> str:
-    """One line: what is run."""
-    training = study.training
-    rates = ", ".join(f"{rate:g}" for rate in training.learning_rates)
-    return (
-        f"study: {data.n_examples:,} examples of {data.labelled.name}, {study.model.name},"
-        f" learning rates {rates}, seeds {', '.join(map(str, training.seeds))}, iterations"
-        f" {', '.join(map(str, study.iterations))}"
-    )
-
-
-def _checked(study: Study, data: StudyData, progress: Progress) -> PerExampleGradients:
-    """Try the network on a few examples, then its gradients against the definition."""
-    model = build_model(study, data, study.training.seeds[0])
-    inputs, targets = _sample(data)
-    check_outputs(model, inputs, data.labelled.n_classes, study.model.name)
-    model.eval()
-    checked = self_check(model, study.loss, inputs, targets, parameters=study.gradients.parameters)
-    progress.say(
-        f"self-check: {checked.n_parameters:,} parameters, {len(targets)} examples agree with"
-        f" one-example float64 autograd{_unused(checked)}"
-    )
-    return PerExampleGradients(
-        model,
-        study.loss,
-        (inputs, targets),
-        parameters=study.gradients.parameters,
-        precision=study.gradients.precision,
-    )
-
-
-def _sample(data: StudyData) -> tuple[torch.Tensor, torch.Tensor]:
-    few = slice(0, EXAMPLES)
-    labels = data.examples.labels[few]
-    if len(labels) < 3:
-        raise StudyError(f"{len(labels)} examples are too few for pairs; give at least 3")
-    return torch.from_numpy(data.inputs(few)), torch.from_numpy(labels.copy())
-
-
-def _unused(gradients: PerExampleGradients) -> str:
-    unused = gradients.recipe.unused
-    return f"; without a gradient: {', '.join(unused)}" if unused else ""
-
-
-def _compute_serially(
-    study: Study,
-    data: StudyData,
-    gradients: PerExampleGradients,
-    run: Run,
-    progress: Progress,
-) -> str:
-    url = absolute(run.store)
-    plan = plan_study(study, data, gradients, memory=run.memory or 2 * 2**30, store=url)
-    progress.say(plan.describe())
-    job = Job(
-        study,
-        data,
-        plan,
-        create_or_continue(url, study, data, plan),
-        run.checkpoint_folder,
-        progress,
-        device="cpu" if run.device == "auto" else run.device,
-        threads=run.threads,
-    )
-    run_serially(job)
-    job.finish()
-    return url
-
-
-def absolute(url: str) -> str:
-    """Make a local path absolute: a replica may have another working directory."""
-    return url if "://" in url else str(Path(url).absolute())
+        run_on_ray(prepared)
+    return run.store_url

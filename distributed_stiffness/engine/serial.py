@@ -5,16 +5,29 @@ from __future__ import annotations
 import torch
 
 from distributed_stiffness.engine.job import Job
+from distributed_stiffness.engine.prepare import Prepared
 from distributed_stiffness.engine.replica import Replica
 from distributed_stiffness.training import train
 
 NAME = "this process"
+MEMORY = 2 * 2**30  # bytes, where nothing is said
 
 
-def run_serially(job: Job) -> None:
-    """Train, compute and check everything that the store of `job` lacks."""
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
+def run_serially(prepared: Prepared) -> None:
+    """Train, compute and check everything that the store lacks."""
+    run = prepared.run
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    job = prepared.job(
+        memory=run.memory or MEMORY,
+        device="cpu" if run.device == "auto" else run.device,
+    )
+    _train(job)
+    _compute(job)
+    job.finish()
+
+
+def _train(job: Job) -> None:
     for run in job.runs_to_train():
         try:
             for event in train(job.study, run, job.data, job.folder, device=job.device):
@@ -23,6 +36,9 @@ def run_serially(job: Job) -> None:
             job.training_ended(run, error)
         else:
             job.training_ended(run)
+
+
+def _compute(job: Job) -> None:
     replica = Replica(
         job.study,
         job.data,

@@ -1,0 +1,161 @@
+"""Before the work: load, check, plan, lay out. Everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from distributed_stiffness.data.selection import StudyData, select
+from distributed_stiffness.engine.job import Job
+from distributed_stiffness.errors import StudyError
+from distributed_stiffness.gradients.per_example import PerExampleGradients
+from distributed_stiffness.gradients.self_check import EXAMPLES, self_check
+from distributed_stiffness.models import check_outputs
+from distributed_stiffness.plan import Plan, make_plan
+from distributed_stiffness.progress import Progress
+from distributed_stiffness.store import create_or_continue, stored_plan
+from distributed_stiffness.study import Study
+from distributed_stiffness.training import build_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where and how a study is computed; nothing here changes a number beyond the error bound."""
+
+    store: str = "results/study.zarr"
+    checkpoints: str | None = None  # None: beside the store
+    data_directory: str | None = None
+    download: bool = True
+    engine: Literal["ray", "serial"] = "ray"
+    address: str | None = None  # of a Ray cluster; None: RAY_ADDRESS, else a local one is started
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_replicas: int | None = None  # None: as many as the cluster holds
+    threads: int | None = None  # of a CPU replica; None: a quarter of the smallest node's cores
+    memory: int | None = None  # bytes a replica may use; None: its share of the node's
+    wait_for_nodes: float | None = None  # seconds; None: only when an autoscaler can help
+    quiet: bool = False
+
+    @property
+    def checkpoint_folder(self) -> str:
+        """Where checkpoints go: STORE without .zarr, plus .checkpoints."""
+        beside = f"{self.store.rstrip('/').removesuffix('.zarr')}.checkpoints"
+        return _absolute(self.checkpoints or beside)
+
+    @property
+    def store_url(self) -> str:
+        """The store, absolute: a replica may have another working directory."""
+        return _absolute(self.store)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A study whose data, network and gradients have been looked at."""
+
+    study: Study  # its iterations written out
+    data: StudyData
+    gradients: PerExampleGradients
+    run: Run
+    progress: Progress
+
+    def job(self, *, memory: int, device: str) -> Job:
+        """Plan for replicas of `memory` bytes, and lay the store out or take it up again.
+
+        Raises:
+            StudyError: it does not fit.
+            StoreError: the store belongs to another study, or cannot be written.
+        """
+        url, plan = self.run.store_url, self._plan(memory)
+        self.progress.say(plan.describe())
+        return Job(
+            self.study,
+            self.data,
+            plan,
+            create_or_continue(url, self.study, self.data, plan),
+            self.run.checkpoint_folder,
+            self.progress,
+            device=device,
+        )
+
+    def _plan(self, memory: int) -> Plan:
+        row_bytes, making_bytes = self.gradients.bytes_per_example(*_sample(self.data))
+        training = self.study.training
+        plan = make_plan(
+            n_examples=self.data.n_examples,
+            n_checkpoints=len(self.study.iterations)
+            * len(training.learning_rates)
+            * len(training.seeds),
+            row_bytes=row_bytes,
+            making_bytes=making_bytes,
+            memory=memory,
+            tile=self.study.gradients.tile,
+        )
+        return stored_plan(self.run.store_url, plan)
+
+
+def prepare(study: Study, run: Run, progress: Progress) -> Prepared:
+    """Load the data, build the network, and check its gradients on a few examples.
+
+    Raises:
+        StiffnessError: whatever of these a user can mend.
+    """
+    if run.engine == "serial" and run.device == "cuda" and not torch.cuda.is_available():
+        raise StudyError("device is cuda, but this machine has none: give --device cpu")
+    if run.memory is not None and run.memory <= 0:
+        raise StudyError(f"memory is {run.memory} bytes: expected more than 0, such as 4GB")
+    data = select(
+        study.data, directory=run.data_directory, download=run.download, progress=progress
+    )
+    study = study.resolved(len(data.labelled.train.labels))
+    progress.say(_described(study, data))
+    return Prepared(study, data, _checked(study, data, progress), run, progress)
+
+
+def _described(study: Study, data: StudyData) -> str:
+    """One line: what is run."""
+    training = study.training
+    rates = ", ".join(f"{rate:g}" for rate in training.learning_rates)
+    return (
+        f"study: {data.n_examples:,} examples of {data.labelled.name}, {study.model.name},"
+        f" learning rates {rates}, seeds {', '.join(map(str, training.seeds))}, iterations"
+        f" {', '.join(map(str, study.iterations))}"
+    )
+
+
+def _checked(study: Study, data: StudyData, progress: Progress) -> PerExampleGradients:
+    """Try the network on a few examples, then its gradients against the definition."""
+    model = build_model(study, data, study.training.seeds[0])
+    inputs, targets = _sample(data)
+    check_outputs(model, inputs, data.labelled.n_classes, study.model.name)
+    model.eval()
+    checked = self_check(model, study.loss, inputs, targets, parameters=study.gradients.parameters)
+    progress.say(
+        f"self-check: {checked.n_parameters:,} parameters, {len(targets)} examples agree with"
+        f" one-example float64 autograd{_unused(checked)}"
+    )
+    return PerExampleGradients(
+        model,
+        study.loss,
+        (inputs, targets),
+        parameters=study.gradients.parameters,
+        precision=study.gradients.precision,
+    )
+
+
+def _sample(data: StudyData) -> tuple[torch.Tensor, torch.Tensor]:
+    few = slice(0, EXAMPLES)
+    labels = data.examples.labels[few]
+    if len(labels) < 3:
+        raise StudyError(f"{len(labels)} examples are too few for pairs; give at least 3")
+    return torch.from_numpy(data.inputs(few)), torch.from_numpy(labels.copy())
+
+
+def _unused(gradients: PerExampleGradients) -> str:
+    unused = gradients.recipe.unused
+    return f"; without a gradient: {', '.join(unused)}" if unused else ""
+
+
+def _absolute(url: str) -> str:
+    return url if "://" in url else str(Path(url).absolute())
