@@ -108,8 +108,8 @@ _VARIABLES: Mapping[str, _Variable] = {
         _RUN,
         "int64",
         "pairs of undecided sign",
-        "Pairs (i < j) with |cosine| < error_bound, whose sign is not certain; -1: not checked"
-        " yet.",
+        "Pairs (i < j) with 0 < |cosine| < error_bound, whose sign is not certain; -1: not"
+        " checked yet.",
         fill=-1,
     ),
 }
