@@ -307,6 +307,28 @@ class TestRefusals:
         assert np.isfinite(cosine[1, 0, 0]).all()
         assert np.isnan(cosine[1, 0, 1]).all()
 
+    def test_a_checkpoint_with_nan_is_left_out_by_name(self, tmp_path: Path) -> None:
+        """
+        Weights that are not numbers stop their checkpoint: the message names rate and step, the
+        rest is computed.
+        """
+        study = tiny_study()
+        data = select(study.data)
+        identity = training_identity(study, content=data.labelled.content_hash())
+        model = build_model(study, data, 0)
+        optimizer = torch.optim.Adam(model.parameters())
+        with torch.no_grad():
+            next(model.parameters()).fill_(torch.nan)
+        folder = Checkpoints(tmp_path / "x.checkpoints", identity=identity)
+        folder.save(TrainingRun(1e-2, 0), 30, model, optimizer, {"train_loss": 0.0})
+
+        with pytest.raises(StudyFailed, match=r"0\.01, seed 0, iteration 30: .*not finite"):
+            run_study(study, run_options(tmp_path / "x.zarr"))
+
+        cosine = arrays(tmp_path / "x.zarr")["cosine"]
+        assert np.isnan(cosine[1, 0, 1]).all()
+        assert np.isfinite(cosine[0]).all()
+
     def test_a_store_that_cannot_be_written(self, tmp_path: Path) -> None:
         """
         A path below a file is refused before anything is computed.
