@@ -32,7 +32,7 @@ from distributed_stiffness.gradients.gram import cosine
 from distributed_stiffness.gradients.per_example import PerExampleGradients
 from distributed_stiffness.gradients.reference import Reference
 from distributed_stiffness.models import fully_connected
-from distributed_stiffness.study import Data, Study, Training
+from distributed_stiffness.study import Data, Study, Training, training_identity
 from distributed_stiffness.training import build_model, train
 
 
@@ -109,7 +109,8 @@ def vmap_and_product(model: nn.Module, inputs: Tensor, targets: Tensor, block: i
 def all_pairs(study: Study, data: StudyData, folder: Path, data_dir: str | None) -> Path:
     """Train first; then measure a fresh driver, from the start of Ray on, as a person runs it."""
     checkpoints, store = folder / "checkpoints", folder / "store.zarr"
-    for _ in train(study, TrainingRun(1e-3, 0), data, Checkpoints(checkpoints)):
+    identity = training_identity(study, content=data.labelled.content_hash())
+    for _ in train(study, TrainingRun(1e-3, 0), data, Checkpoints(checkpoints, identity=identity)):
         pass
     run = {"store": str(store), "checkpoints": str(checkpoints), "data_directory": data_dir}
     program = (
