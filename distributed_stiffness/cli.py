@@ -207,7 +207,9 @@ def job(study: Study, *, store: str, description: str | None) -> None:
         chosen = build_study(
             lambda: study.model_validate(
                 {
-                    "title": study.title,
+                    "title": study.title
+                    if (data_name, model) == (data.name, study.model.name)
+                    else f"{data_name}, {model}",
                     "loss": study.loss,
                     "data": {
                         **data.model_dump(),
@@ -295,10 +297,10 @@ def build_study(build: Callable[[], Study]) -> Study:
     except pydantic.ValidationError as error:
         lines = [
             f"{'.'.join(map(str, e['loc'])) or 'study'}: {e['msg'].removeprefix('Value error, ')}"
-            + ("" if isinstance(e["input"], dict | list) else f" (got {e['input']!r})")
+            + ("" if isinstance(e["input"], dict | list) else f" (got {str(e['input'])[:60]!r})")
             for e in error.errors()
         ]
-        raise StudyError("the study makes no sense: " + "; ".join(lines)) from error
+        raise StudyError("these settings do not fit: " + "; ".join(lines)) from error
 
 
 class Interrupted(Exception):
@@ -314,15 +316,18 @@ def _interruptible() -> Iterator[None]:
 
 
 def _writable(folder: Path) -> Path:
-    """Make the folder of figures and report now, not after hours of work.
+    """Try whether figures and report can be written, now and not after hours of work.
 
     Raises:
         StudyError: it cannot be written.
     """
+    existed = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        if not existed:
+            folder.rmdir()  # it is made when there is something to put there
     except OSError as error:
         raise StudyError(f"cannot write figures to {folder}: {error}; give --figures") from error
     return folder

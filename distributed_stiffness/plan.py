@@ -67,13 +67,16 @@ class Plan:
 
     def describe(self) -> str:
         """One line for people."""
-        tiles = self.tiling.n_chunks**2
+        matrices = self.n_checkpoints + 1
+        held = min(self.panel_rows, self.n_examples)
+        made = self.gradients_per_example
         return (
-            f"plan: {self.n_checkpoints} checkpoints × {self.n_examples:,}² pairs,"
-            f" {tiles} tiles of {self.tile:,} each; {in_words(self.row_bytes)} a gradient,"
-            f" {min(self.panel_rows, self.n_examples):,} rows held in {in_words(self.memory)} a"
-            f" replica, each gradient made {self.gradients_per_example:.1f} times;"
-            f" up to {in_words(self.store_bytes)} on disk"
+            f"plan: {self.n_checkpoints} checkpoints × {self.n_examples:,}² pairs and the input"
+            f" distances, {self.tiling.n_chunks**2 * matrices:,} tiles of up to {self.tile:,}²;"
+            f" {in_words(self.row_bytes)} a gradient, {held:,} held at a time"
+            f" ({in_words(held * self.row_bytes)} of {in_words(self.memory)} a replica)"
+            + (f", each made {made:.1f} times" if made > 1 else "")
+            + f"; up to {in_words(self.store_bytes)} on disk, and the checkpoints"
         )
 
     def to_json(self) -> dict[str, Any]:

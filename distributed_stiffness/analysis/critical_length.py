@@ -27,7 +27,7 @@ def critical_length(profile: xr.Dataset, *, relation: str = "within") -> xr.Data
     for measure, counts in (("sign", "pairs"), ("cosine", "cosine_pairs")):
         weights = chosen[counts].where(chosen[counts] > 0, 0).astype(np.float64)
         intercept, slope = _fit(chosen["distance_bin"], chosen[measure], weights)
-        length = (-intercept / slope).where(slope < 0)
+        length = -intercept / slope.where(slope < 0)
         observed = weights > 0
         low = chosen["lower_edge"].where(observed).min("distance_bin")
         high = chosen["upper_edge"].where(observed).max("distance_bin")

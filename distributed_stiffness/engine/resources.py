@@ -47,7 +47,7 @@ class ReplicaShape:
 
     def describe(self) -> str:
         """One line for people."""
-        what = "one GPU each" if self.device == "cuda" else f"{self.threads} CPU threads each"
+        what = "one GPU each" if self.device == "cuda" else f"{self.threads} CPU thread(s) each"
         return f"replicas: {what}, {self.memory / 1e9:.1f} GB"
 
 

@@ -12,7 +12,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from distributed_stiffness.errors import ModelError
-from distributed_stiffness.gradients.batches import Inputs, count_examples, take
+from distributed_stiffness.gradients.batches import Inputs, count_examples, map_inputs, take
 from distributed_stiffness.gradients.error_bound import error_bound, sample_examples
 from distributed_stiffness.gradients.gram import Rows, concatenate, cosine
 from distributed_stiffness.gradients.loss_head import Loss
@@ -185,9 +185,24 @@ def _gradients(
 
 
 def _require_a_target_each(examples: Examples) -> None:
+    if not isinstance(examples, tuple | list) or len(examples) != 2:
+        raise ModelError(
+            f"examples are a {type(examples).__name__}: expected (inputs, targets), N first"
+        )
     inputs, targets = examples
+    map_inputs(_require_tensor, inputs)
+    _require_tensor(targets)
     if len(targets) != count_examples(inputs):
         raise ModelError(f"{count_examples(inputs)} inputs, but {len(targets)} targets")
+
+
+def _require_tensor(value: Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ModelError(
+            f"examples hold a {type(value).__module__}.{type(value).__name__}: expected torch"
+            " tensors, N first; torch.from_numpy makes them of arrays"
+        )
+    return value
 
 
 def _matrix(

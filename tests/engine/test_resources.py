@@ -112,7 +112,9 @@ class TestChoice:
 
     def test_for_people(self):
         """One line says what a replica has."""
-        assert ReplicaShape("cpu", 4, 8 * GB).describe() == ("replicas: 4 CPU threads each, 8.0 GB")
+        assert ReplicaShape("cpu", 4, 8 * GB).describe() == (
+            "replicas: 4 CPU thread(s) each, 8.0 GB"
+        )
         assert "one GPU each" in ReplicaShape("cuda", 1, 8 * GB).describe()
 
 
