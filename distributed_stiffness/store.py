@@ -279,18 +279,34 @@ def create_or_continue(url: str | Path, study: Study, data: StudyData, plan: Pla
         StoreError: the store belongs to another study (names what differs), the path cannot be
             written, or the disk has too little room.
     """
-    now = fingerprint(study, content=data.content_hash(), tile=plan.tile)
     if not _is_there(str(url)):
+        now = fingerprint(study, content=data.content_hash(), tile=plan.tile)
         return _create(str(url), study, data, plan, now)
+    refuse_another_study(url, study, data, tile=plan.tile)
     store = Store(url)
-    changes = differences(store.attrs["fingerprint"], now)
+    store.sweep()
+    return store
+
+
+def refuse_another_study(
+    url: str | Path, study: Study, data: StudyData, *, tile: int | None
+) -> None:
+    """Compare fingerprints, where there is a store; `tile` None takes the store's.
+
+    Raises:
+        StoreError: it belongs to another study; names each field that differs, was and is.
+    """
+    if not _is_there(str(url)):
+        return
+    was = Store(url).attrs["fingerprint"]
+    edge = min(tile, data.n_examples) if tile else was["tile"]
+    now = fingerprint(study, content=data.content_hash(), tile=edge)
+    changes = differences(was, now)
     if changes:
         raise StoreError(
             f"{url} belongs to another study: " + "; ".join(changes) + ". Give another --store, or"
             " the settings that it was made with"
         )
-    store.sweep()
-    return store
 
 
 def _create(

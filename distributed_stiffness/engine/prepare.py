@@ -16,7 +16,11 @@ from distributed_stiffness.gradients.self_check import EXAMPLES, self_check
 from distributed_stiffness.models import check_outputs
 from distributed_stiffness.plan import Plan, make_plan
 from distributed_stiffness.progress import Progress
-from distributed_stiffness.store import create_or_continue, stored_plan
+from distributed_stiffness.store import (
+    create_or_continue,
+    refuse_another_study,
+    stored_plan,
+)
 from distributed_stiffness.study import Study
 from distributed_stiffness.training import build_model
 
@@ -109,6 +113,7 @@ def prepare(study: Study, run: Run, progress: Progress) -> Prepared:
         study.data, directory=run.data_directory, download=run.download, progress=progress
     )
     study = study.resolved(len(data.labelled.train.labels))
+    refuse_another_study(run.store_url, study, data, tile=study.gradients.tile)
     progress.say(_described(study, data))
     return Prepared(study, data, _checked(study, data, progress), run, progress)
 

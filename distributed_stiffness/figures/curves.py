@@ -69,7 +69,7 @@ def _training_panel(ax: Axes, training: xr.Dataset, name: str) -> None:
             _lines(ax, training[f"{split}_{name}"], line)
     ax.set_title(name.capitalize())
     ax.set_ylabel("loss (nats)" if name == "loss" else "share correct")
-    ax.set_xlabel("optimiser steps")
+    ax.set_xlabel("optimiser steps, spaced like a logarithm")
     _key(ax, {"training": _SOLID, "validation": _DASHED})
 
 
