@@ -41,6 +41,11 @@ class Plan:
         return Tiling(n_examples=self.n_examples, tile=self.tile)
 
     @property
+    def n_tiles(self) -> int:
+        """Tiles of all matrices, the input distances' included."""
+        return self.tiling.n_chunks**2 * (self.n_checkpoints + 1)
+
+    @property
     def panel_chunks(self) -> int:
         """Row chunks of one task's panel."""
         return min(max(1, self.panel_rows // self.tile), LARGEST_PANEL)
@@ -67,12 +72,11 @@ class Plan:
 
     def describe(self) -> str:
         """One line for people."""
-        matrices = self.n_checkpoints + 1
         held = min(self.panel_rows, self.n_examples)
         made = self.gradients_per_example
         return (
             f"plan: {self.n_checkpoints} checkpoints × {self.n_examples:,}² pairs and the input"
-            f" distances, {self.tiling.n_chunks**2 * matrices:,} tiles of up to {self.tile:,}²;"
+            f" distances, {self.n_tiles:,} tiles of up to {self.tile:,}²;"
             f" {in_words(self.row_bytes)} a gradient, {held:,} held at a time"
             f" ({in_words(held * self.row_bytes)} of {in_words(self.memory)} a replica)"
             + (f", each made {made:.1f} times" if made > 1 else "")

@@ -282,8 +282,8 @@ def create_or_continue(url: str | Path, study: Study, data: StudyData, plan: Pla
     if not _is_there(str(url)):
         now = fingerprint(study, content=data.content_hash(), tile=plan.tile)
         return _create(str(url), study, data, plan, now)
-    refuse_another_study(url, study, data, tile=plan.tile)
     store = Store(url)
+    _refuse_differences(store, study, data, tile=plan.tile)
     store.sweep()
     return store
 
@@ -296,15 +296,20 @@ def refuse_another_study(
     Raises:
         StoreError: it belongs to another study; names each field that differs, was and is.
     """
-    if not _is_there(str(url)):
-        return
-    was = Store(url).attrs["fingerprint"]
+    if _is_there(str(url)):
+        _refuse_differences(Store(url), study, data, tile=tile)
+
+
+def _refuse_differences(store: Store, study: Study, data: StudyData, *, tile: int | None) -> None:
+    was = store.attrs["fingerprint"]
     edge = min(tile, data.n_examples) if tile else was["tile"]
     now = fingerprint(study, content=data.content_hash(), tile=edge)
     changes = differences(was, now)
     if changes:
         raise StoreError(
-            f"{url} belongs to another study: " + "; ".join(changes) + ". Give another --store, or"
+            f"{store.url} belongs to another study: "
+            + "; ".join(changes)
+            + ". Give another --store, or"
             " the settings that it was made with"
         )
 

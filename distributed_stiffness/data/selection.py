@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +39,14 @@ class StudyData:
         """Return inputs as the network sees them, float32."""
         return self.preprocessing(self.examples.inputs[examples])
 
+    @cached_property
+    def training_hash(self) -> str:
+        """Hash of all that training sees; taken once, of up to hundreds of megabytes."""
+        return self.labelled.content_hash()
+
     def content_hash(self) -> str:
         """Return a hash of the examples, in order, and of all that training sees."""
-        digest = hashlib.sha256(self.labelled.content_hash().encode())
+        digest = hashlib.sha256(self.training_hash.encode())
         digest.update(",".join(self.split).encode())
         digest.update(np.ascontiguousarray(self.index).tobytes())
         return digest.hexdigest()

@@ -45,7 +45,7 @@ class Job:
     def __post_init__(self) -> None:
         self._contents = self.store.contents()
         self._left: Counter[Checkpoint] = Counter()  # tile tasks to do before the check
-        identity = training_identity(self.study, content=self.data.labelled.content_hash())
+        identity = training_identity(self.study, content=self.data.training_hash)
         self.folder = Checkpoints(self.checkpoints, identity=identity)
         self._taken_up: set[Checkpoint] = set()
         self._peak_memory, self._seconds, self._write_seconds = 0, 0.0, 0.0
@@ -58,11 +58,11 @@ class Job:
             done=sum(self._steps.values()),
         )
         self._tiles = self.progress.phase(
-            "tiles", self._tiles_wanted(), "tiles", done=self._tiles_there()
+            "tiles", self.plan.n_tiles, "tiles", done=self._tiles_there()
         )
         self._checks = self.progress.phase(
             "checks",
-            len(self._all_checkpoints()),
+            self.plan.n_checkpoints,
             "checkpoints",
             done=len(self._contents.checked),
         )
@@ -93,14 +93,14 @@ class Job:
         loss = f"{event.run}: loss {event.loss:.4g}" if known else f"{event.run}"
         self._training.update(max(self._training.done, sum(self._steps.values())), loss)
         if event.checkpoint is not None:
-            self._take_up_checkpoints()
+            self._take_up_checkpoints(event.run)
 
     def training_ended(self, run: TrainingRun, error: BaseException | None = None) -> None:
         """A run ended, early if there is an error: the checkpoints that it left are used."""
         if isinstance(error, StoreError):
             raise error
         # An event may be lost with the process that sent it; what is on disk counts.
-        self._take_up_checkpoints()
+        self._take_up_checkpoints(run)
         if error is not None:
             self.failures.append(f"training ({run}): {_in_words(error)}")
 
@@ -170,10 +170,15 @@ class Job:
 
     # Checkpoints
 
-    def _take_up_checkpoints(self) -> None:
-        """Hand out the tasks of every checkpoint that is on disk and lacks something."""
+    def _take_up_checkpoints(self, of: TrainingRun | None = None) -> None:
+        """Hand out the tasks of every checkpoint that is on disk and lacks something.
+
+        `of` one run where it has news: each look is a request where checkpoints are in a bucket.
+        """
         for checkpoint in self._all_checkpoints():
             run, iteration = training_run(self.study, checkpoint)
+            if of not in (None, run):
+                continue
             if checkpoint in self._taken_up or self._is_complete(checkpoint):
                 continue
             if self.folder.exists(run, iteration):
@@ -236,9 +241,6 @@ class Job:
         return [TrainingRun(r, s) for r in training.learning_rates for s in training.seeds]
 
     # Books
-
-    def _tiles_wanted(self) -> int:
-        return self.plan.tiling.n_chunks**2 * (len(self._all_checkpoints()) + 1)
 
     def _tiles_there(self) -> int:
         matrices = [self._contents.distance, *self._contents.tiles.values()]
