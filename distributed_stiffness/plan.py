@@ -8,6 +8,7 @@ computed twice; with K panels every gradient is made (K + 1)/2 times.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,9 +18,13 @@ from distributed_stiffness.tiling import Tiling, default_tile
 # Shares of a replica's budget. The rest is for the network, the tile being written, and the
 # interpreter with its libraries.
 ROWS_SHARE = 0.6
-BLOCK_SHARE = 0.2
-LARGEST_BLOCK = 2048  # examples in one forward and backward pass; wide enough for any GEMM
+BLOCK_SHARE = 0.15
+BATCH_SHARE = 0.15
+LARGEST_BLOCK = 2048  # columns streamed at a time; wide enough for any GEMM
 SMALLEST_BLOCK = 8
+SMALLEST_BATCH = 2
+# A pass over more examples than fill these many bytes is not faster, for it leaves the cache.
+BATCH_BYTES = 256 * 2**20
 LARGEST_PANEL = 4  # row chunks of one task: what is lost with a replica stays small
 
 
@@ -30,10 +35,12 @@ class Plan:
     n_examples: int
     n_checkpoints: int
     tile: int
-    block: int  # examples differentiated at a time, and columns streamed at a time
+    block: int  # columns streamed at a time
+    batch: int  # examples differentiated at a time
     panel_rows: int  # rows held at a time: whole tiles, or a strip of one
     row_bytes: int  # of one example's gradient as it is held
     memory: int  # bytes, the budget of a replica
+    factored: tuple[str, ...] = ()  # weights whose gradients are kept as factors
 
     @property
     def tiling(self) -> Tiling:
@@ -96,31 +103,37 @@ def make_plan(
     making_bytes: int,
     memory: int,
     tile: int | None = None,
+    factored: Sequence[str] = (),
 ) -> Plan:
-    """Fit blocks and panels into the budget.
+    """Fit batches, blocks and panels into the budget.
 
     Args:
         n_examples: N.
         n_checkpoints: matrices wanted.
         row_bytes: bytes of one example's gradient as it is held (`Rows.nbytes`).
-        making_bytes: bytes that one example takes while its gradient is made.
+        making_bytes: bytes that one example takes beside its row while its gradient is made.
         memory: budget of a replica in bytes.
         tile: edge of a tile; None chooses.
+        factored: weights whose gradients are kept as factors.
 
     Raises:
         StudyError: the budget does not hold even the smallest block, or the tile does not fit.
     """
     tile = min(tile or default_tile(n_examples), n_examples)
-    block = int(BLOCK_SHARE * memory) // making_bytes
-    if block < min(SMALLEST_BLOCK, n_examples):
+    block, batch = int(BLOCK_SHARE * memory) // row_bytes, int(BATCH_SHARE * memory) // making_bytes
+    if block < min(SMALLEST_BLOCK, n_examples) or batch < min(SMALLEST_BATCH, n_examples):
         # A thousandth more, and rounded up: who gives what the message shows gives enough.
-        needed = _three_digits_up(math.ceil(1.001 * making_bytes * SMALLEST_BLOCK / BLOCK_SHARE))
+        least = max(
+            SMALLEST_BLOCK * row_bytes / BLOCK_SHARE, SMALLEST_BATCH * making_bytes / BATCH_SHARE
+        )
+        needed = _three_digits_up(math.ceil(1.001 * least))
         raise StudyError(
             f"a memory budget of {in_words(memory)} a replica is too small: {SMALLEST_BLOCK}"
-            f" gradients of this network at a time take {in_words(needed)}; give --memory"
-            f" {in_words(needed)} or more, or fewer replicas"
+            f" gradients of this network, and {SMALLEST_BATCH} examples in work, take"
+            f" {in_words(needed)}; give --memory {in_words(needed)} or more, or fewer replicas"
         )
-    block = min(2 ** int(math.log2(block)), LARGEST_BLOCK, tile)
+    block = min(_power_of_two(block), LARGEST_BLOCK, tile)
+    batch = min(_power_of_two(batch), _power_of_two(max(8, BATCH_BYTES // making_bytes)))
     rows = max(block, int(ROWS_SHARE * memory) // row_bytes)
     panel_rows = rows // tile * tile if rows >= tile else rows // block * block
     return Plan(
@@ -128,10 +141,17 @@ def make_plan(
         n_checkpoints=n_checkpoints,
         tile=tile,
         block=block,
+        batch=min(batch, LARGEST_BLOCK),
         panel_rows=min(panel_rows, math.ceil(n_examples / tile) * tile),
         row_bytes=row_bytes,
         memory=memory,
+        factored=tuple(factored),
     )
+
+
+def _power_of_two(n: int) -> int:
+    """Return the largest that is at most n."""
+    return int(2 ** int(math.log2(n)))
 
 
 def _three_digits_up(n: int) -> int:

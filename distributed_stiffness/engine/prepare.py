@@ -11,10 +11,11 @@ import torch
 from distributed_stiffness.data.selection import StudyData, select
 from distributed_stiffness.engine.job import Job
 from distributed_stiffness.errors import StudyError
+from distributed_stiffness.gradients.budget import fit
 from distributed_stiffness.gradients.per_example import PerExampleGradients
 from distributed_stiffness.gradients.self_check import EXAMPLES, self_check
 from distributed_stiffness.models import check_outputs
-from distributed_stiffness.plan import Plan, make_plan
+from distributed_stiffness.plan import Plan
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.store import (
     create_or_continue,
@@ -84,15 +85,14 @@ class Prepared:
         )
 
     def _plan(self, memory: int) -> Plan:
-        row_bytes, making_bytes = self.gradients.bytes_per_example(*_sample(self.data))
         training = self.study.training
-        plan = make_plan(
+        _, plan = fit(
+            self.gradients,
+            _sample(self.data),
             n_examples=self.data.n_examples,
             n_checkpoints=len(self.study.iterations)
             * len(training.learning_rates)
             * len(training.seeds),
-            row_bytes=row_bytes,
-            making_bytes=making_bytes,
             memory=memory,
             tile=self.study.gradients.tile,
         )

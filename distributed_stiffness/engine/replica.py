@@ -19,7 +19,7 @@ from distributed_stiffness.checkpoints import Checkpoints
 from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.errors import GradientError
 from distributed_stiffness.gradients.error_bound import HALF, error_bound, sample_examples
-from distributed_stiffness.gradients.gram import Rows, concatenate, cosine, folded_product
+from distributed_stiffness.gradients.gram import Rows, collect, cosine, folded_product
 from distributed_stiffness.gradients.per_example import PerExampleGradients
 from distributed_stiffness.plan import BLOCK_SHARE, ROWS_SHARE, Plan
 from distributed_stiffness.store import Store, training_run
@@ -27,7 +27,7 @@ from distributed_stiffness.study import Study
 from distributed_stiffness.tiling import Checkpoint, Task, pieces
 from distributed_stiffness.training import build_model
 
-MakeRows = Callable[[slice], Rows]
+MakeRows = Callable[[slice, list[Rows] | None], list[Rows]]
 Product = Callable[[Rows, Rows], Tensor]
 
 _ARRAYS = {"pairs": "cosine", "distance": "distance"}
@@ -84,19 +84,25 @@ class Replica:
         checkpoint = _required(task.checkpoint)
         gradients = self._gradients_of(checkpoint)
 
-        def make(examples: slice) -> Rows:
-            return gradients.rows(*self._examples(examples))
+        def make(examples: slice, into: list[Rows] | None) -> list[Rows]:
+            return gradients.rows_by_recipe(*self._examples(examples), [gradients.recipe], into)
+
+        def product(rows: Rows, columns: Rows) -> Tensor:
+            return cosine(rows, columns, gradients.precision)
 
         if task.column in task.rows:
             self._write_examples(checkpoint, task.column, task, make)
-        self._tiles(task, make, cosine)
+        self._tiles(task, make, product)
 
     def _distance(self, task: Task) -> None:
-        def make(examples: slice) -> Rows:
+        def make(examples: slice, into: list[Rows] | None) -> list[Rows]:
             X = torch.from_numpy(self.data.inputs(examples)).to(self.device).flatten(1)
             length = torch.linalg.vector_norm(X, dim=1, dtype=torch.float64)
             X = X / torch.where(length > 0, length, 1.0).unsqueeze(1).to(X.dtype)
-            return Rows((), X, length, length, length > 0)
+            made = Rows((), X, torch.ones(len(X), device=X.device), length, length, length > 0)
+            for room in into or ():
+                room.copy_(made)
+            return into or [made]
 
         def distance(rows: Rows, columns: Rows) -> Tensor:
             return 1 - folded_product(rows.dense_NP, columns.dense_NP).clamp_(-1.0, 1.0)
@@ -153,6 +159,8 @@ class Replica:
             for block, block_rows in self._column_blocks(task, columns, make):
                 place = slice(block.start - columns.start, block.stop - columns.start)
                 for (row, strip), strip_rows in zip(group, held, strict=True):
+                    if block.stop <= strip.start:
+                        continue  # below the diagonal
                     top = strip.start - tiling.examples(row).start
                     part = tiles[row][top : top + len(strip_rows), place]
                     part.copy_(product(strip_rows, block_rows))
@@ -163,9 +171,7 @@ class Replica:
         """Return the rows of a strip, from memory if they are held."""
         return self._held.get(
             (task.kind, task.checkpoint, strip.start),
-            lambda: concatenate(
-                (make(block) for block in pieces(strip, self.plan.block)), strip.stop - strip.start
-            ),
+            lambda: collect(make, strip, self.plan.batch)[0],
         )
 
     def _column_blocks(
@@ -175,10 +181,12 @@ class Replica:
         plan = self.plan
         for strip in pieces(columns, plan.strip):
             key = (task.kind, task.checkpoint, strip.start)
-            whole = self._rows(task, strip, make) if plan.holds_all or key in self._held else None
+            if plan.holds_all or key in self._held:
+                # The strip as it is held: a product with itself is then known to be symmetric.
+                yield strip, self._rows(task, strip, make)
+                continue
             for block in pieces(strip, plan.block):
-                part = slice(block.start - strip.start, block.stop - strip.start)
-                yield block, whole[part] if whole else make(block)
+                yield block, collect(make, block, plan.batch)[0]
 
     def _write_tile(self, task: Task, row: int, tile: np.ndarray) -> None:
         started = time.monotonic()
@@ -234,6 +242,7 @@ class Replica:
                 self._examples(slice(0, 3)),
                 parameters=chosen.parameters,
                 precision=chosen.precision,
+                factored=self.plan.factored,
             )
             self._gradients = checkpoint, gradients
         return self._gradients[1]

@@ -1,44 +1,132 @@
-"""Inputs of a network: a tensor, a tuple of tensors, or a dict of tensors, examples first."""
+"""Examples: nests (tuples, lists, dicts) of tensors, each with the examples first.
+
+Inputs and targets may be single tensors or such nests. What a notebook holds otherwise, a data set
+or an iterable of batches, is stacked once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.data import Dataset, default_collate
 
-Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+from distributed_stiffness.errors import ModelError
 
-
-def map_inputs(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
-    """Apply `function` to every tensor."""
-    if isinstance(inputs, Tensor):
-        return function(inputs)
-    if isinstance(inputs, dict):
-        return {key: function(value) for key, value in inputs.items()}
-    return tuple(function(value) for value in inputs)
+Nest = Any  # a tensor, or tuples, lists and dicts of tensors
+Examples = Any  # (inputs, targets), a Dataset of such pairs, or an iterable of batches of them
 
 
-def count_examples(inputs: Inputs) -> int:
+def map_tensors(function: Callable[[Tensor], Tensor], nest: Nest) -> Nest:
+    """Apply `function` to every tensor; anything else stays."""
+    return pytree.tree_map_only(Tensor, function, nest)
+
+
+def tensors(nest: Nest) -> list[Tensor]:
+    """Return every tensor of a nest, in its order."""
+    return [leaf for leaf in pytree.tree_leaves(nest) if isinstance(leaf, Tensor)]
+
+
+def count_examples(nest: Nest) -> int:
     """Return N."""
-    if isinstance(inputs, Tensor):
-        return len(inputs)
-    return len(next(iter(inputs.values() if isinstance(inputs, dict) else inputs)))
+    return len(tensors(nest)[0])
 
 
-def take(inputs: Inputs, rows: slice | Tensor) -> Inputs:
+def take(nest: Nest, rows: slice | Tensor) -> Nest:
     """Select examples."""
-    return map_inputs(lambda t: t[rows], inputs)
+    return map_tensors(lambda t: t[rows], nest)
 
 
-def prepare(inputs: Inputs, dtype: torch.dtype, device: torch.device) -> Inputs:
+def prepare(nest: Nest, dtype: torch.dtype, device: torch.device) -> Nest:
     """Move to the device; floating tensors (not indices) are cast to `dtype`."""
-    return map_inputs(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype), inputs)
+    return map_tensors(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype), nest)
 
 
-def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Run the network on its inputs: as one argument, several, or by name."""
-    if isinstance(inputs, Tensor):
-        return model(inputs)
-    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+def call(model: nn.Module, inputs: Nest) -> Any:
+    """Run the network on its inputs: as one argument, several (tuple, list), or by name (dict)."""
+    args, kwargs = arguments(inputs)
+    return model(*args, **kwargs)
+
+
+def arguments(inputs: Nest) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return inputs as the arguments of a call."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+
+
+def pair(examples: Examples) -> tuple[Nest, Nest]:
+    """Return (inputs, targets) with all examples in memory.
+
+    Args:
+        examples: a pair (inputs, targets), N first; a map-style `Dataset` of such pairs; or an
+            iterable of batches of them, such as a `DataLoader`.
+
+    Raises:
+        ModelError: they are anything else, or not as many inputs as targets.
+    """
+    if not _is_pair(examples):
+        batches = [_checked(batch) for batch in stream(examples)]
+        if not batches:
+            raise ModelError("there are no examples")
+        examples = pytree.tree_map(lambda *leaves: torch.cat(leaves), *batches)
+    return _checked(examples)
+
+
+def stream(examples: Examples, size: int = 256) -> Iterator[tuple[Nest, Nest]]:
+    """Yield examples batch by batch; arguments as `pair`, and iterators may be of any length."""
+    if _is_pair(examples):
+        inputs, targets = _checked(examples)
+        for start in range(0, count_examples(inputs), size):
+            yield (
+                take(inputs, slice(start, start + size)),
+                take(targets, slice(start, start + size)),
+            )
+    elif isinstance(examples, Dataset) and hasattr(examples, "__len__"):
+        for start in range(0, len(examples), size):
+            stop = min(start + size, len(examples))
+            yield _checked(default_collate([examples[i] for i in range(start, stop)]))
+    elif isinstance(examples, Iterable) and not isinstance(examples, Mapping | Tensor | str):
+        for batch in examples:
+            yield _checked(batch)
+    else:
+        raise ModelError(_expected(examples))
+
+
+def _is_pair(examples: Examples) -> bool:
+    """A list of two batches is taken for batches, a tuple of two for inputs and targets."""
+    if isinstance(examples, list) and len(examples) == 2:
+        return not any(isinstance(part, tuple | list) for part in examples)
+    return isinstance(examples, tuple)
+
+
+def _checked(examples: Any) -> tuple[Nest, Nest]:
+    if not isinstance(examples, tuple | list) or len(examples) != 2:
+        raise ModelError(_expected(examples))
+    inputs, targets = examples
+    for leaf in pytree.tree_leaves((inputs, targets)):
+        if not isinstance(leaf, Tensor):
+            raise ModelError(
+                f"examples hold a {type(leaf).__module__}.{type(leaf).__name__}: expected torch"
+                " tensors, N first; torch.from_numpy makes them of arrays"
+            )
+    found = [len(t) if t.dim() else 0 for t in tensors(inputs)]
+    wanted = [len(t) if t.dim() else 0 for t in tensors(targets)]
+    if not found:
+        raise ModelError("the inputs hold no tensor")
+    if any(n != found[0] for n in found + wanted):
+        raise ModelError(
+            f"{found[0]} inputs, but {next(n for n in found + wanted if n != found[0])} targets"
+            " or other inputs: every tensor needs the examples first"
+        )
+    return inputs, targets
+
+
+def _expected(examples: Any) -> str:
+    return (
+        f"examples are a {type(examples).__name__}: expected (inputs, targets), N first, a Dataset"
+        " of such pairs, or an iterable of batches"
+    )

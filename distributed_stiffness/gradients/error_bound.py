@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distributed_stiffness.gradients.batches import Inputs
+from distributed_stiffness.gradients.batches import Nest
 from distributed_stiffness.gradients.loss_head import Loss
 from distributed_stiffness.gradients.reference import Reference
 
@@ -58,8 +58,8 @@ def sample_examples(
 def error_bound(
     model: nn.Module,
     loss: Loss,
-    inputs: Inputs,
-    targets: Tensor,
+    inputs: Nest,
+    targets: Nest,
     cosines: np.ndarray,
     *,
     names: Sequence[str],

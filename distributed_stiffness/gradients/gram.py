@@ -1,41 +1,69 @@
 """Per-example gradients of a block as rows, and the products of two blocks of rows.
 
-A row is kept in the cheapest exact form. A linear layer that sees one position keeps its two
-factors, A (its input) and D (the gradient of its output): g_i·g_j = (A_i·A_j + b_i b_j)(D_i·D_j)
-with b the input of the bias, which is 1; its gradient, d·p numbers, is never made. All other
-parameters are laid side by side in one dense row, so that one large product serves them all.
+A row is kept in the cheapest exact form. A weight that meets few positions T keeps its factors, A
+(the layer's inputs) and D (the gradients of its outputs): g_i·g_j = Σ_ts (A_it·A_js + b_i b_j)
+(D_it·D_js) with b the input of the bias, which is 1; its gradient, d·p numbers, is never made. All
+other parameters are laid side by side in one dense row, so that one large product serves them all.
 
-Axis letters: N rows, M columns, P parameters in dense form, d inputs, p outputs.
+Axis letters: N rows, M columns, P parameters in dense form, T positions, d inputs, p outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Partial sums of this many products are added up one after the other: a float32 sum over millions
-# of products loses digits that a sum of short sums keeps (3e-7 against 1.5e-6 at P = 270,000).
-FOLD = 4096
+from distributed_stiffness.gradients.precision import FLOAT32, Precision
+from distributed_stiffness.tiling import pieces
+
+# Products of positions with positions are made for so many pairs that they stay in the cache.
+_PRODUCTS_IN_CACHE = {"cpu": 2**20, "cuda": 2**26}
+# Rows of one product of a block with itself: what lies below the diagonal is not made.
+_SYMMETRIC_BLOCK = {"cpu": 256, "cuda": 1024}
+# Rows within this size (and its inverse) need no scaling before they are multiplied.
+_SAFE = 1e10
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The gradients of one linear layer in factored form."""
+    """The gradients of one weight (and its bias) in factored form."""
 
-    A_Nd: Tensor
-    D_Np: Tensor
+    A_NTd: Tensor
+    D_NTp: Tensor  # or indices (N, T): then each D_t is the unit vector of that index
     b_N: Tensor  # 0 where the bias is not in play
 
-    def input_norms(self) -> Tensor:
-        """Return (|A|² + b²)^½ of each row, (N,) float64."""
-        return torch.hypot(_norms(self.A_Nd), self.b_N.double())
+    @property
+    def n_positions(self) -> int:
+        """T."""
+        return self.A_NTd.shape[1]
 
-    def output_norms(self) -> Tensor:
-        """Return |D| of each row, (N,) float64."""
-        return _norms(self.D_Np)
+    def input_norms(self) -> Tensor:
+        """Return (Σ_t |A_t|² + b²)^½ of each row, (N,) float64."""
+        bias = self.b_N.double() * math.sqrt(self.n_positions)
+        return torch.hypot(_norms(self.A_NTd), bias)
+
+    def norms(self) -> Tensor:
+        """Return the norm of each row's gradient, (N,) float64."""
+        if self.n_positions == 1 and self.D_NTp.dim() == 3:
+            return self.input_norms() * _norms(self.D_NTp)
+        # The largest of each is taken out: squares of products would leave float64's range.
+        A, D = self.A_NTd.double(), self.D_NTp
+        size_A = torch.maximum(_largest(A), self.b_N.double().abs())
+        A = A / _or_one(size_A)[:, None, None]
+        b_N = self.b_N.double() / _or_one(size_A)
+        inputs = torch.baddbmm((b_N * b_N)[:, None, None], A, A.transpose(1, 2))
+        if D.dim() == 2:
+            outputs, size_D = (D.unsqueeze(2) == D.unsqueeze(1)).double(), torch.ones_like(size_A)
+        else:
+            size_D = _largest(D.double())
+            D = D.double() / _or_one(size_D)[:, None, None]
+            outputs = torch.bmm(D, D.transpose(1, 2))
+        square = (inputs * outputs).sum((1, 2)).clamp(min=0)
+        return square.sqrt() * size_A * size_D
 
     def scaled(self, factor_N: Tensor, input_norm_N: Tensor) -> Factors:
         """Multiply each row by its factor, and bring its inputs near norm 1.
@@ -43,34 +71,65 @@ class Factors:
         Else a product of two A's would overflow or underflow where activations are very large, as
         in a network that diverges, or very small. A power of two is taken: it rounds nothing.
         """
-        size = torch.where(input_norm_N > 0, input_norm_N, 1.0)
+        if self.D_NTp.dim() == 2:
+            return Factors(_times(self.A_NTd, factor_N), self.D_NTp, self.b_N)
+        size = _or_one(input_norm_N)
         power_N = torch.exp2(-torch.log2(size).round().clamp(-126, 126))
         return Factors(
-            _times(self.A_Nd, power_N),
-            _times(self.D_Np, factor_N / power_N),
+            _times(self.A_NTd, power_N),
+            _times(self.D_NTp, factor_N / power_N),
             self.b_N * power_N.to(self.b_N.dtype),
         )
 
-    def gram(self, other: Factors) -> Tensor:
-        """g_i·g_j for every pair, (N, M)."""
-        product = (self.A_Nd @ other.A_Nd.T).addr_(self.b_N, other.b_N)
-        return product.mul_(self.D_Np @ other.D_Np.T)
+    def gram(self, other: Factors, precision: Precision = FLOAT32) -> Tensor:
+        """g_i·g_j for every pair, (N, M) float32."""
+        T, S, m = self.n_positions, other.n_positions, len(other.b_N)
+        if T == S == 1:
+            return self._products(other, precision)
+        result = torch.empty(len(self.b_N), m, device=self.b_N.device)
+        rows = max(1, _PRODUCTS_IN_CACHE[_kind(self.b_N)] // (T * S * m))
+        for start in range(0, len(result), rows):
+            part = slice(start, start + rows)
+            products = self.map(lambda t, part=part: t[part])._products(other, precision)
+            result[part] = products.view(-1, T, m, S).sum(3).sum(1)
+        return result
+
+    def _products(self, other: Factors, precision: Precision) -> Tensor:
+        """(A_it·A_js + b_i b_j)(D_it·D_js) for every pair of positions, (N·T, M·S)."""
+        inputs = precision.product(self.A_NTd.flatten(0, 1), other.A_NTd.flatten(0, 1))
+        inputs.addr_(
+            self.b_N.repeat_interleave(self.n_positions).to(inputs.dtype),
+            other.b_N.repeat_interleave(other.n_positions).to(inputs.dtype),
+        )
+        if self.D_NTp.dim() == 2:
+            same = self.D_NTp.flatten().unsqueeze(1) == other.D_NTp.flatten()
+            return inputs.mul_(same)
+        return inputs.mul_(precision.product(self.D_NTp.flatten(0, 1), other.D_NTp.flatten(0, 1)))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return A, D and b."""
-        return self.A_Nd, self.D_Np, self.b_N
+        return self.A_NTd, self.D_NTp, self.b_N
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Factors:
         """Apply `function` to A, D and b."""
         return Factors(*map(function, self.tensors()))
 
+    def to(self, dtype: torch.dtype) -> Factors:
+        """Cast A, b, and D unless it holds indices."""
+        return self.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
+
 
 @dataclass(frozen=True)
 class Rows:
-    """The gradients of a block of examples, each scaled to unit norm, and what was scaled away."""
+    """The gradients of a block of examples, each of unit norm, and what was scaled away.
+
+    The factors have unit norm together with `dense_scale_N` times the dense part: to scale a
+    product is cheaper than to scale the rows.
+    """
 
     factors: tuple[Factors, ...]
     dense_NP: Tensor  # (N, 0) where everything is factored
+    dense_scale_N: Tensor  # float32
     norm: Tensor  # (N,) float64, true scale; 0 where the gradient is 0
     loss: Tensor  # (N,) float64
     correct: Tensor  # (N,) bool
@@ -79,101 +138,184 @@ class Rows:
         return len(self.norm)
 
     def __getitem__(self, rows: slice) -> Rows:
+        return self.map(lambda t: t[rows])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Rows:
+        """Apply `function` to every tensor."""
         return Rows(
-            tuple(f.map(lambda t: t[rows]) for f in self.factors),
-            self.dense_NP[rows],
-            self.norm[rows],
-            self.loss[rows],
-            self.correct[rows],
+            tuple(f.map(function) for f in self.factors),
+            *map(function, (self.dense_NP, self.dense_scale_N)),
+            *map(function, (self.norm, self.loss, self.correct)),
         )
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor held, always in the same order."""
         for f in self.factors:
             yield from f.tensors()
-        yield from (self.dense_NP, self.norm, self.loss, self.correct)
+        yield from (self.dense_NP, self.dense_scale_N, self.norm, self.loss, self.correct)
 
     def nbytes(self) -> int:
         """Bytes held by the gradients."""
         factors = sum(t.nbytes for f in self.factors for t in f.tensors())
         return factors + self.dense_NP.nbytes
 
+    def empty(self, n: int) -> Rows:
+        """Return room for n rows of this kind."""
+        return self.map(lambda t: torch.empty(n, *t.shape[1:], dtype=t.dtype, device=t.device))
+
+    def copy_(self, other: Rows) -> None:
+        """Write other rows here, but for the dense part where it is here already."""
+        for target, source in zip(self.tensors(), other.tensors(), strict=True):
+            if target.data_ptr() != source.data_ptr():
+                target.copy_(source)
+
 
 def unit_rows(
     factors: Sequence[Factors],
     dense_NP: Tensor,
+    dense_square_N: Tensor,
     *,
     scale: Tensor,
     loss: Tensor,
     correct: Tensor,
-    dtype: torch.dtype,
+    precision: Precision,
+    into: Tensor | None = None,
 ) -> Rows:
-    """Scale each row to unit norm and cast it to `dtype`; `scale` (N,) goes into the norm."""
-    square = _norms(dense_NP).square()
-    input_norms = [f.input_norms() for f in factors]
-    for f, size in zip(factors, input_norms, strict=True):
-        square = square + (size * f.output_norms()).square()
+    """Scale each row to unit norm; `scale` (N,) goes into the norm.
+
+    Args:
+        factors: of each weight in factored form.
+        dense_NP: the other parameters' gradients, side by side.
+        dense_square_N: |dense row|², float64.
+        scale: by which each gradient was divided, (N,) float64.
+        loss: (N,).
+        correct: (N,).
+        precision: of the rows.
+        into: where the dense rows go; `dense_NP` itself where no copy is needed.
+    """
+    factor_norms = [f.norms() for f in factors]
+    square = dense_square_N.clone()
+    for norm in factor_norms:
+        square += norm.square()
     length = square.sqrt()
     inverse = torch.where(length > 0, 1 / length, 0.0)
-    scaled = [f.scaled(inverse, size) for f, size in zip(factors, input_norms, strict=True)]
+    dense_NP, dense_scale = _dense(dense_NP, inverse, precision, into)
+    scaled = [f.scaled(inverse, f.input_norms()) for f in factors]
     return Rows(
-        tuple(f.map(lambda t: t.to(dtype)) for f in scaled),
-        _times(dense_NP, inverse).to(dtype),
+        tuple(f.to(precision.rows) for f in scaled),
+        dense_NP,
+        dense_scale,
         length * scale,
         loss,
         correct,
     )
 
 
-def concatenate(blocks: Iterable[Rows], n: int) -> Rows:
-    """Put blocks, n rows in all, one below the other; holds one block beside the result."""
-    filled, start = None, 0
-    for block in blocks:
-        filled = filled or _empty_like(block, n)
-        rows = slice(start, start := start + len(block))
-        for source, target in zip(block.tensors(), filled.tensors(), strict=True):
-            target[rows] = source
-    if filled is None or start != n:
-        raise AssertionError(f"{start} rows came, {n} were announced")
-    return filled
+def _dense(
+    dense_NP: Tensor, inverse: Tensor, precision: Precision, into: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return dense rows as they are held and their scales."""
+    sizes = inverse[inverse > 0]
+    is_safe = not len(sizes) or (1 / _SAFE < float(sizes.min()) and float(sizes.max()) < _SAFE)
+    if dense_NP.dtype == precision.rows and is_safe:
+        return dense_NP, inverse.float()
+    unit = _times(dense_NP, inverse).to(precision.rows)
+    if precision.rows == torch.bfloat16:
+        # Rounded rows are not of unit norm: what each is short of it goes into its scale, as far
+        # as it is the dense part's.
+        length = _norms(_times(dense_NP, inverse))
+        scale = length / _or_one(_norms(unit.float()))
+    else:
+        scale = torch.ones_like(inverse)
+    return (unit if into is None else into.copy_(unit)), scale.float()
 
 
-def _empty_like(block: Rows, n: int) -> Rows:
-    def empty(t: Tensor) -> Tensor:
-        return torch.empty(n, *t.shape[1:], dtype=t.dtype, device=t.device)
+def collect(
+    make: Callable[[slice, list[Rows] | None], list[Rows]], rows: slice, size: int
+) -> list[Rows]:
+    """Make rows batch by batch, each where it belongs in the whole.
 
-    return Rows(
-        tuple(f.map(empty) for f in block.factors),
-        empty(block.dense_NP),
-        empty(block.norm),
-        empty(block.loss),
-        empty(block.correct),
-    )
+    Args:
+        make: makes the rows of some examples, one block for each recipe, into given room if any.
+        rows: the examples.
+        size: examples of a batch.
+    """
+    first, *others = pieces(rows, size)
+    made = make(first, None)
+    if not others:
+        return made
+    whole = [block.empty(rows.stop - rows.start) for block in made]
+    for room, block in zip(whole, made, strict=True):
+        room[: len(block)].copy_(block)
+    for batch in others:
+        place = slice(batch.start - rows.start, batch.stop - rows.start)
+        make(batch, [room[place] for room in whole])
+    return whole
 
 
-def cosine(rows: Rows, columns: Rows) -> Tensor:
-    """cos(g_i, g_j) for every pair, (N, M), within [−1, 1]; 0 where a gradient is 0."""
-    total = folded_product(rows.dense_NP, columns.dense_NP)
+def cosine(rows: Rows, columns: Rows, precision: Precision = FLOAT32) -> Tensor:
+    """cos(g_i, g_j) for every pair, (N, M), within [−1, 1]; 0 where a gradient is 0.
+
+    Of a block with itself (the same object) only one triangle is computed, and mirrored.
+    """
+    if rows is not columns:
+        return _cosine(rows, columns, precision).clamp_(-1.0, 1.0)
+    n, size = len(rows), _SYMMETRIC_BLOCK[_kind(rows.norm)]
+    result = torch.empty(n, n, device=rows.norm.device)
+    for start in range(0, n, size):
+        block = slice(start, min(start + size, n))
+        part = _cosine(rows[: block.stop], rows[block], precision)
+        result[: block.stop, block] = part
+        result[block, : block.stop] = part.T
+    # A product of rows with themselves need not be symmetric to the last bit.
+    return result.triu_().add_(result.triu(1).T).clamp_(-1.0, 1.0)
+
+
+def _cosine(rows: Rows, columns: Rows, precision: Precision) -> Tensor:
+    if rows.dense_NP.shape[1]:
+        total = folded_product(rows.dense_NP, columns.dense_NP, precision)
+        total *= rows.dense_scale_N.unsqueeze(1)
+        total *= columns.dense_scale_N
+    else:
+        total = torch.zeros(len(rows), len(columns), device=rows.norm.device)
     for f, g in zip(rows.factors, columns.factors, strict=True):
-        total += f.gram(g)
-    return total.clamp_(-1.0, 1.0)
-
-
-def folded_product(X_NP: Tensor, Y_MP: Tensor) -> Tensor:
-    """X Yᵀ as a sum of products over `FOLD` elements at a time, (N, M)."""
-    total = torch.zeros(len(X_NP), len(Y_MP), dtype=X_NP.dtype, device=X_NP.device)
-    for start in range(0, X_NP.shape[1], FOLD):
-        total += X_NP[:, start : start + FOLD] @ Y_MP[:, start : start + FOLD].T
+        total += f.gram(g, precision)
     return total
 
 
-def _norms(X_NP: Tensor) -> Tensor:
+def folded_product(X_NP: Tensor, Y_MP: Tensor, precision: Precision = FLOAT32) -> Tensor:
+    """X Yᵀ as a sum of products over some elements at a time, (N, M) float32.
+
+    A float32 sum over millions of products loses digits that a sum of short sums keeps (3e-7
+    against 1.5e-6 at P = 270,000).
+    """
+    total = torch.zeros(len(X_NP), len(Y_MP), device=X_NP.device)
+    fold = precision.fold(X_NP)
+    for start in range(0, X_NP.shape[1], fold):
+        part = slice(start, start + fold)
+        total += precision.product(X_NP[:, part], Y_MP[:, part])
+    return total
+
+
+def _norms(X: Tensor) -> Tensor:
     """Return the norm of each row, (N,) float64."""
-    norms: Tensor = torch.linalg.vector_norm(X_NP, dim=1, dtype=torch.float64)
+    norms: Tensor = torch.linalg.vector_norm(X.flatten(1), dim=1, dtype=torch.float64)
     return norms
 
 
-def _times(X_NP: Tensor, factor_N: Tensor) -> Tensor:
+def _largest(X_NTd: Tensor) -> Tensor:
+    return X_NTd.abs().amax((1, 2)) if X_NTd.numel() else X_NTd.new_zeros(len(X_NTd))
+
+
+def _or_one(values: Tensor) -> Tensor:
+    return torch.where(values > 0, values, 1.0)
+
+
+def _times(X: Tensor, factor_N: Tensor) -> Tensor:
     """Multiply each row by its factor, which is cut off at the largest number of X's dtype."""
-    factor_N = factor_N.clamp(max=torch.finfo(X_NP.dtype).max)
-    return X_NP * factor_N.unsqueeze(1).to(X_NP.dtype)
+    factor_N = factor_N.clamp(max=torch.finfo(X.dtype).max).to(X.dtype)
+    return X * factor_N.reshape(-1, *[1] * (X.dim() - 1))
+
+
+def _kind(tensor: Tensor) -> str:
+    return "cuda" if tensor.is_cuda else "cpu"

@@ -11,15 +11,32 @@ Axis letters: N examples, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from distributed_stiffness.errors import GradientError, ModelError
+from distributed_stiffness.gradients.batches import Nest
 
-Loss = str | Callable[[Tensor, Tensor], Tensor]
+
+@dataclass(frozen=True)
+class WholeLoss:
+    """A loss that runs the network itself: `function(model, batch)` -> one loss an example, (N,).
+
+    For networks that return their loss. `batch` is (inputs, targets), or the inputs alone where
+    there are no targets. Such a loss is computed in the network's own precision: what cancels in it
+    is lost. Wherever a loss can be told from outputs and targets, give it so.
+    """
+
+    function: Callable[[nn.Module, Nest], Tensor]
+
+
+Loss = str | Callable[[Any, Any], Tensor] | WholeLoss
 
 
 @dataclass(frozen=True)
@@ -27,43 +44,96 @@ class LossHead:
     """Loss, direction and scale at the outputs of N examples."""
 
     loss: Tensor  # (N,) float64
-    direction: Tensor  # like the outputs; each example has norm 1, or 0 where its gradient is 0
+    directions: tuple[
+        Tensor, ...
+    ]  # like the chosen outputs; each example has norm 1 over all, or 0
     scale: Tensor  # (N,) float64: δ = scale · direction
     correct: Tensor  # (N,) bool: the largest output is the target's (False without classes)
+    leaves: tuple[int, ...]  # which of the outputs' leaves are differentiated
+
+    def chosen(self, outputs: Nest) -> list[Tensor]:
+        """Return the outputs that are differentiated."""
+        found = pytree.tree_leaves(outputs)
+        return [found[i] for i in self.leaves]
 
 
-def loss_head(loss: Loss, outputs: Tensor, targets: Tensor) -> LossHead:
+def double_loss(loss: Loss) -> Loss:
+    """Return the loss with its own tensors, where it has any, in float64."""
+    return copy.deepcopy(loss).double() if isinstance(loss, nn.Module) else loss
+
+
+def loss_head(loss: Loss, outputs: Nest, targets: Nest) -> LossHead:
     """Compute the loss and δ = ∂loss/∂outputs of every example in float64.
 
     Args:
-        loss: "cross_entropy" (softmax, outputs (N, C), integer targets (N,)), or a callable
-            (outputs, targets) -> (N,) that is differentiated by autograd in float64.
-        outputs: the network's outputs, N first, any floating dtype.
-        targets: N first.
+        loss: "cross_entropy" (softmax; outputs (N, C), or with a part `logits`; integer targets
+            (N,)), or a callable (outputs, targets) -> (N,) that is differentiated by autograd in
+            float64.
+        outputs: what the network returned: a tensor, N first, or a nest of such.
+        targets: a tensor or nest, N first.
 
     Raises:
         ModelError: the outputs do not fit the targets, or the loss is not one number an example.
         GradientError: an output or a loss is not finite.
     """
+    if loss == "cross_entropy":
+        logits = _logits(outputs)
+        leaves = [i for i, leaf in enumerate(pytree.tree_leaves(outputs)) if leaf is logits]
+        head = _cross_entropy(_finite(logits), targets, leaves[0])
+        given = [logits]
+    elif callable(loss):
+        head = _any_loss(loss, outputs, targets)
+        given = head.chosen(outputs)
+    else:
+        raise ModelError(f"unknown loss {loss!r}: expected 'cross_entropy' or a callable")
+    values = [("loss", head.loss), *(("gradient of the loss", d) for d in head.directions)]
+    for what, value in values:
+        if not torch.isfinite(value).all():
+            raise GradientError(
+                f"the {what} of {_count_bad(value)} examples is not finite: the loss is not"
+                " defined, or not differentiable, at these outputs"
+            )
+    directions = (d.to(o.dtype) for d, o in zip(head.directions, given, strict=True))
+    return replace(head, directions=tuple(directions))
+
+
+def whole_loss_head(losses: Tensor, n: int) -> LossHead:
+    """Return the head of a `WholeLoss`: each example's loss, as it came, is what is differentiated.
+
+    Raises:
+        ModelError: it is not one number an example.
+        GradientError: a loss is not finite.
+    """
+    _require_one_an_example(losses, n)
+    if not torch.isfinite(losses).all():
+        raise GradientError(f"the loss of {_count_bad(losses)} examples is not finite")
+    loss = losses.detach().double()
+    return LossHead(
+        loss, (torch.ones_like(losses),), torch.ones_like(loss), torch.zeros_like(loss).bool(), (0,)
+    )
+
+
+def _logits(outputs: Nest) -> Tensor:
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping) and isinstance(outputs.get("logits"), Tensor):
+        logits: Tensor = outputs["logits"]
+        return logits
+    raise ModelError(
+        f"the network returned {type(outputs).__name__}, and cross_entropy needs one tensor (N,"
+        " classes), or a part named logits: pass a callable (outputs, targets) -> (N,)"
+    )
+
+
+def _finite(outputs: Tensor) -> Tensor:
+    """Return outputs in float64, without history."""
     z = outputs.detach().double()
     if not torch.isfinite(z).all():
         raise GradientError(
             f"the network's outputs are not finite for {_count_bad(z)} of {len(z)} examples: its"
             " weights have diverged, or an input is not finite"
         )
-    if loss == "cross_entropy":
-        head = _cross_entropy(z, targets)
-    elif callable(loss):
-        head = _any_loss(loss, z, targets)
-    else:
-        raise ModelError(f"unknown loss {loss!r}: expected 'cross_entropy' or a callable")
-    for what, values in (("loss", head.loss), ("gradient of the loss", head.direction)):
-        if not torch.isfinite(values).all():
-            raise GradientError(
-                f"the {what} of {_count_bad(values)} examples is not finite: the loss is not"
-                " defined, or not differentiable, at these outputs"
-            )
-    return LossHead(head.loss, head.direction.to(outputs.dtype), head.scale, head.correct)
+    return z
 
 
 def cross_entropy(z_NC: Tensor, targets: Tensor) -> Tensor:
@@ -85,7 +155,9 @@ def _log_1p_exp(x: Tensor) -> Tensor:
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
-def _cross_entropy(z_NC: Tensor, targets: Tensor) -> LossHead:
+def _cross_entropy(z_NC: Tensor, targets: Nest, leaf: int) -> LossHead:
+    if not isinstance(targets, Tensor):
+        raise ModelError(f"cross_entropy needs targets (N,), got {type(targets).__name__}")
     if z_NC.dim() != 2 or targets.shape != z_NC.shape[:1]:
         raise ModelError(
             f"cross_entropy needs outputs (N, classes) and targets (N,), got outputs"
@@ -111,34 +183,77 @@ def _cross_entropy(z_NC: Tensor, targets: Tensor) -> LossHead:
     has_rivals = log_odds > -torch.inf  # not so with a single class
     return LossHead(
         loss=_log_1p_exp(log_odds),
-        direction=direction * (has_rivals / length).unsqueeze(1),
+        directions=(direction * (has_rivals / length).unsqueeze(1),),
         scale=one_minus_p * length * has_rivals,
         correct=z_NC.argmax(1) == targets,
+        leaves=(leaf,),
     )
 
 
-def _any_loss(loss: Callable[[Tensor, Tensor], Tensor], z: Tensor, targets: Tensor) -> LossHead:
+def _any_loss(loss: Callable[[Any, Any], Tensor], outputs: Nest, targets: Nest) -> LossHead:
+    leaves, structure = pytree.tree_flatten(outputs)
+    floating = [
+        i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
+    if not floating:
+        raise ModelError("the network returned no tensor of floating-point numbers")
     with torch.enable_grad():
-        z = z.requires_grad_()
-        losses = loss(z, targets)
-        if losses.shape != z.shape[:1]:
+        z = {i: _double(leaves[i]).requires_grad_() for i in floating}
+        doubled = [z.get(i, leaf) for i, leaf in enumerate(leaves)]
+        losses = loss(pytree.tree_unflatten(doubled, structure), targets)
+        n = len(leaves[floating[0]])
+        _require_one_an_example(losses, n)
+        delta = torch.autograd.grad(losses.sum(), list(z.values()), allow_unused=True)
+    used = {i: d for i, d in zip(floating, delta, strict=True) if d is not None}
+    for i, d in used.items():
+        _finite(leaves[i])
+        if d.shape[:1] != (n,):
             raise ModelError(
-                f"the loss returned shape {tuple(losses.shape)} for {z.shape[0]} examples;"
-                " expected one number an example (reduction='none')"
+                f"the loss uses an output of shape {tuple(d.shape)} for {n} examples, expected N"
+                " first"
             )
-        (delta,) = torch.autograd.grad(losses.sum(), z)
     # Scaled twice: the squares of a norm would overflow or underflow long before it does.
-    peak = delta.reshape(len(delta), -1).abs().amax(1)
-    direction = delta / _beside(torch.where(peak > 0, peak, 1.0), delta)
-    length = torch.linalg.vector_norm(direction.reshape(len(delta), -1), dim=1)
-    direction = direction / _beside(torch.where(length > 0, length, 1.0), delta)
-    is_class = z.dim() == 2 and targets.shape == z.shape[:1] and not targets.is_floating_point()
+    peak = _over_all([d.abs().reshape(n, -1).amax(1) for d in used.values()]).amax(0)
+    directions = [d / _beside(torch.where(peak > 0, peak, 1.0), d) for d in used.values()]
+    parts = [torch.linalg.vector_norm(d.reshape(n, -1), dim=1) for d in directions]
+    length = torch.linalg.vector_norm(_over_all(parts), dim=0)
+    size = torch.where(length > 0, length, 1.0)
     return LossHead(
         loss=losses.detach(),
-        direction=direction,
+        directions=tuple(d / _beside(size, d) for d in directions),
         scale=peak * length,
-        correct=z.argmax(1) == targets if is_class else torch.zeros_like(peak, dtype=torch.bool),
+        correct=_is_correct(leaves[floating[0]], targets, n),
+        leaves=tuple(used),
     )
+
+
+def _double(output: Tensor) -> Tensor:
+    return output.detach().double()
+
+
+def _over_all(parts: Sequence[Tensor]) -> Tensor:
+    if not parts:
+        raise ModelError("the loss does not depend on the network's outputs")
+    return torch.stack(list(parts))
+
+
+def _is_correct(first: Tensor, targets: Nest, n: int) -> Tensor:
+    is_class = (
+        first.dim() == 2
+        and isinstance(targets, Tensor)
+        and targets.shape == (n,)
+        and not targets.is_floating_point()
+    )
+    return first.argmax(1) == targets if is_class else torch.zeros(n, device=first.device).bool()
+
+
+def _require_one_an_example(losses: Any, n: int) -> None:
+    if not isinstance(losses, Tensor) or losses.shape != (n,):
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ModelError(
+            f"the loss returned shape {shape} for {n} examples; expected one number an example"
+            " (reduction='none')"
+        )
 
 
 def _beside(values_N: Tensor, like: Tensor) -> Tensor:

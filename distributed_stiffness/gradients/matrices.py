@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,15 +14,24 @@ import xarray as xr
 from torch import Tensor, nn
 
 from distributed_stiffness.errors import ModelError
-from distributed_stiffness.gradients.batches import Inputs, count_examples, map_inputs, take
+from distributed_stiffness.gradients.batches import (
+    Examples,
+    Nest,
+    count_examples,
+    pair,
+    stream,
+    take,
+)
+from distributed_stiffness.gradients.budget import fit
 from distributed_stiffness.gradients.error_bound import error_bound, sample_examples
-from distributed_stiffness.gradients.gram import Rows, concatenate, cosine
+from distributed_stiffness.gradients.gram import Rows, collect, cosine
 from distributed_stiffness.gradients.loss_head import Loss
-from distributed_stiffness.gradients.per_example import PerExampleGradients
-from distributed_stiffness.plan import Plan, make_plan
+from distributed_stiffness.gradients.per_example import PerExampleGradients, matching
+from distributed_stiffness.gradients.recipe import Recipe
+from distributed_stiffness.gradients.self_check import EXAMPLES, self_check
+from distributed_stiffness.plan import Plan
+from distributed_stiffness.progress import Progress
 from distributed_stiffness.tiling import pieces
-
-Examples = tuple[Inputs, Tensor]
 
 
 def cosine_matrix(
@@ -32,17 +43,24 @@ def cosine_matrix(
     parameters: Sequence[str] | None = None,
     precision: str = "float32",
     memory: int | None = None,
+    progress: bool = False,
 ) -> xr.DataArray:
     """Return cos(g_i, g_j) of the loss gradients of all pairs (Fort et al. 2019).
 
+    Eight examples are first compared with one-example float64 autograd, in another order and other
+    company; at the end a sample of pairs is, which gives the error bound.
+
     Args:
         model: in evaluation mode.
-        loss: "cross_entropy" or a callable (outputs, targets) -> (N,).
-        examples: (inputs, targets), N first.
-        others: the columns; None takes `examples` again.
+        loss: "cross_entropy" (outputs (N, C), or a part of them named `logits`), a callable
+            (outputs, targets) -> (N,), or a `WholeLoss` of a callable (model, batch) -> (N,).
+        examples: (inputs, targets), N first; inputs and targets are tensors, or tuples or dicts of
+            tensors. Or a `Dataset` of such pairs, or an iterable of batches.
+        others: the columns; None takes `examples` again, and computes each pair once.
         parameters: glob patterns of parameter names; None takes all that require gradients.
-        precision: "float32" or "float64" (gradients/precision.py).
+        precision: "float32", "float64", "bf16", "bf16x3" or "tf32" (gradients/precision.py).
         memory: bytes that gradients may take; None takes half of what is free.
+        progress: whether to show a bar.
 
     Returns:
         Dims (example, other), float32 in [−1, 1]; 0 where a gradient is 0. Attributes:
@@ -52,6 +70,7 @@ def cosine_matrix(
     Raises:
         GradientError: per-example gradients are not defined or not finite.
         ModelError: the network does not fit the examples.
+        StudyError: the memory holds no block of gradients, or there is no such precision.
 
     Example:
         >>> import torch
@@ -60,23 +79,11 @@ def cosine_matrix(
         >>> cosine_matrix(net, "cross_entropy", (x, y)).shape
         (3, 3)
     """
-    gradients = _gradients(model, loss, examples, parameters, precision)
-    values, _ = _matrix(gradients, examples, others, memory)
-    attrs: dict[str, Any] = {"parameters": list(gradients.parameters)}
+    work = _work(model, loss, examples, others, parameters, precision, memory)
+    (values,), _ = work.matrices(progress=progress)
+    attrs: dict[str, Any] = {"parameters": list(work.gradients.parameters)}
     if others is None and len(values) > 1:
-        sample = sample_examples(len(values), lambda r, c: values[np.ix_(r, c)], seed=(0,))
-        chosen = torch.from_numpy(sample.examples)
-        bound = error_bound(
-            gradients.model,
-            loss,
-            take(examples[0], chosen),
-            examples[1][chosen],
-            sample.cosines,
-            names=list(gradients.parameters),
-            memory=memory or _free_memory(),
-        )
-        undecided = int(np.triu(np.abs(values) < bound, 1).sum())
-        attrs |= {"error_bound": bound, "undecided_signs": undecided}
+        attrs |= work.bound(values)
     return _labelled(values, "cosine of two loss gradients", attrs)
 
 
@@ -89,14 +96,62 @@ def gram_matrix(
     parameters: Sequence[str] | None = None,
     precision: str = "float32",
     memory: int | None = None,
+    progress: bool = False,
 ) -> xr.DataArray:
     """Return g_i·g_j of all pairs, dims (example, other), float64; arguments as `cosine_matrix`."""
-    gradients = _gradients(model, loss, examples, parameters, precision)
-    values, norms = _matrix(gradients, examples, others, memory)
-    products = values.astype(np.float64) * norms[0][:, None] * norms[1]
+    work = _work(model, loss, examples, others, parameters, precision, memory)
+    (values,), ((rows, columns),) = work.matrices(progress=progress)
+    products = values.astype(np.float64)
+    products *= rows[:, None]
+    products *= columns
     return _labelled(
-        products, "dot product of two loss gradients", {"parameters": list(gradients.parameters)}
+        products,
+        "dot product of two loss gradients",
+        {"parameters": list(work.gradients.parameters)},
     )
+
+
+def layer_cosines(
+    model: nn.Module,
+    loss: Loss,
+    examples: Examples,
+    others: Examples | None = None,
+    *,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    parameters: Sequence[str] | None = None,
+    precision: str = "float32",
+    memory: int | None = None,
+    progress: bool = False,
+) -> xr.DataArray:
+    """Return one cosine matrix for each group of parameters, all from the same passes.
+
+    Args:
+        model: as in `cosine_matrix`, and so all that is not named here.
+        loss: see there.
+        examples: see there.
+        others: see there.
+        groups: name -> glob patterns of its parameters; None makes a group of each module that
+            holds parameters.
+        parameters: see there; groups are made of these.
+        precision: see there.
+        memory: see there.
+        progress: see there.
+
+    Returns:
+        Dims (parameter_group, example, other), float32. Coordinate `parameter_group` holds the
+        names. A matrix is 0 where a group's gradient is 0.
+
+    Raises:
+        ModelError: a group has no parameter; else as `cosine_matrix`.
+    """
+    work = _work(model, loss, examples, others, parameters, precision, memory)
+    chosen = _groups(tuple(work.gradients.parameters), groups)
+    recipes = [work.gradients.recipe.restricted(names) for names in chosen.values()]
+    values, _ = work.matrices(recipes, progress=progress)
+    found = _labelled(
+        values, "cosine of two loss gradients", {}, dims=("parameter_group", "example", "other")
+    )
+    return found.assign_coords(parameter_group=np.array(list(chosen), dtype=object))
 
 
 def gradient_norms(
@@ -109,10 +164,11 @@ def gradient_norms(
     memory: int | None = None,
 ) -> xr.DataArray:
     """Return ‖g_i‖ at true scale, dims (example,), float64; arguments as `cosine_matrix`."""
-    gradients = _gradients(model, loss, examples, parameters, precision)
-    plan = _plan(gradients, examples, memory)
-    make, n = _rows_of(gradients, examples), count_examples(examples[0])
-    norms = [make(block).norm.cpu() for block in pieces(slice(0, n), plan.block)]
+    work = _work(model, loss, examples, None, parameters, precision, memory)
+    n = count_examples(work.examples[0])
+    norms = [
+        work.gradients.rows(*take(work.examples, batch)).norm.cpu() for batch in work.batches(n)
+    ]
     return xr.DataArray(
         torch.cat(norms).numpy(),
         dims=("example",),
@@ -125,7 +181,7 @@ def class_cosine_matrix(
     model: nn.Module,
     loss: Loss,
     examples: Examples,
-    labels: Tensor,
+    labels: Tensor | Iterable[Tensor] | None = None,
     *,
     parameters: Sequence[str] | None = None,
     memory: int | None = None,
@@ -139,25 +195,42 @@ def class_cosine_matrix(
     Args:
         model: in evaluation mode.
         loss: as in `cosine_matrix`.
-        examples: (inputs, targets), N first.
-        labels: class of each example, (N,), counted from 0.
+        examples: as in `cosine_matrix`; or an iterator of batches of any length, of which one is
+            held at a time.
+        labels: class of each example, counted from 0: (N,), or an iterable of such parts in the
+            order of the examples, of any lengths. None takes the targets.
         parameters: as in `cosine_matrix`.
         memory: bytes that gradients may take.
 
     Returns:
         Dims (label, other_label), float64; NaN within a class of one example.
+
+    Raises:
+        ModelError: there are not as many labels as examples.
     """
-    gradients = _gradients(model, loss, examples, parameters, "float64")
-    n, n_classes = count_examples(examples[0]), int(labels.max()) + 1
-    budget = memory or _free_memory()
-    block = max(1, min(256, n, budget // (32 * gradients.n_parameters)))
-    sums = torch.zeros(n_classes, gradients.n_parameters, dtype=torch.float64)
-    counts = torch.zeros(n_classes, dtype=torch.float64)
-    for rows in pieces(slice(0, n), block):
-        parts = gradients.materialised(take(examples[0], rows), examples[1][rows], unit=True)
-        units = torch.cat([p.flatten(1).double().cpu() for p in parts.values()], dim=1)
-        sums.index_add_(0, labels[rows], units)
-        counts.index_add_(0, labels[rows], units.any(1).double())
+    batches = iter(stream(examples))
+    first = next(batches, None)
+    if first is None:
+        raise ModelError("there are no examples")
+    few = take(first, slice(EXAMPLES))
+    gradients = self_check(model, loss, *few, parameters=parameters)
+    n_parameters = gradients.n_parameters
+    size = max(1, min(256, (memory or _free_memory()) // (32 * n_parameters)))
+    sums = torch.zeros(0, n_parameters, dtype=torch.float64)
+    counts = torch.zeros(0, dtype=torch.float64)
+    of = _Labels(labels)
+    for inputs, targets in itertools.chain([first], batches):
+        for rows in pieces(slice(0, count_examples(inputs)), size):
+            part = take((inputs, targets), rows)
+            classes = of.take(part[1], count_examples(part[0]))
+            missing = max(0, int(classes.max()) + 1 - len(counts))
+            sums = torch.cat([sums, sums.new_zeros(missing, n_parameters)])
+            counts = torch.cat([counts, counts.new_zeros(missing)])
+            parts = gradients.materialised(*part, unit=True)
+            units = torch.cat([p.flatten(1).double().cpu() for p in parts.values()], dim=1)
+            sums.index_add_(0, classes, units)
+            counts.index_add_(0, classes, units.any(1).double())
+    of.require_end()
     products = sums @ sums.T
     own = (products.diagonal() - counts) / (counts * (counts - 1))
     own[counts < 2] = torch.nan
@@ -171,96 +244,163 @@ def class_cosine_matrix(
     )
 
 
-def _gradients(
+class _Labels:
+    """Labels, handed out as examples come."""
+
+    def __init__(self, labels: Tensor | Iterable[Tensor] | None) -> None:
+        self._parts: Iterator[Tensor] | None = None
+        if labels is not None:
+            self._parts = iter([labels] if isinstance(labels, Tensor) else labels)
+        self._left = torch.empty(0, dtype=torch.int64)
+
+    def take(self, targets: Nest, n: int) -> Tensor:
+        """Return the labels of the next n examples, whose targets are these."""
+        if self._parts is None:
+            if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dim() != 1:
+                raise ModelError("the targets are not labels (N,): give labels")
+            return targets.long().cpu()
+        while len(self._left) < n:
+            part = next(self._parts, None)
+            if part is None:
+                raise ModelError(f"there are fewer labels than examples: {n - len(self._left)} more"
+                                 " are needed at least")  # fmt: skip
+            self._left = torch.cat([self._left, part.long().cpu()])
+        found, self._left = self._left[:n], self._left[n:]
+        return found
+
+    def require_end(self) -> None:
+        """Check that every label has been used."""
+        if len(self._left) or (self._parts is not None and next(self._parts, None) is not None):
+            raise ModelError("there are more labels than examples")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Gradients, examples and plan of one call."""
+
+    gradients: PerExampleGradients
+    loss: Loss
+    examples: tuple[Nest, Nest]
+    others: tuple[Nest, Nest] | None
+    plan: Plan
+
+    def batches(self, n: int) -> Iterator[slice]:
+        """Cut n examples into passes."""
+        return pieces(slice(0, n), self.plan.batch)
+
+    def matrices(
+        self, recipes: Sequence[Recipe] | None = None, *, progress: bool = False
+    ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+        """Return all cosines by recipe, (recipes, N, M), and the norms of rows and columns."""
+        recipes = recipes or [self.gradients.recipe]
+        n = count_examples(self.examples[0])
+        columns = self.others or self.examples
+        m = count_examples(columns[0])
+        values = np.empty((len(recipes), n, m), dtype=np.float32)
+        norms = [(np.empty(n), np.empty(m)) for _ in recipes]
+        make_row, make_column = self._make(self.examples, recipes), self._make(columns, recipes)
+        with Progress(quiet=not progress) as bars:
+            bar = bars.phase("pairs", n, "rows")
+            for panel in pieces(slice(0, n), self.plan.panel_rows):
+                held = make_row(panel)
+                for (rows_norm, _), rows in zip(norms, held, strict=True):
+                    rows_norm[panel] = rows.norm.cpu().numpy()
+                # Left of the panel: known by symmetry.
+                start = panel.start if self.others is None else 0
+                if self.others is None:
+                    for k, rows in enumerate(held):
+                        own = cosine(rows, rows, self.gradients.precision)
+                        values[k, panel, panel] = own.cpu().numpy()
+                    start = panel.stop
+                for block in pieces(slice(start, m), self.plan.block):
+                    for k, (rows, made) in enumerate(zip(held, make_column(block), strict=True)):
+                        norms[k][1][block] = made.norm.cpu().numpy()
+                        part = cosine(rows, made, self.gradients.precision).cpu().numpy()
+                        values[k, panel, block] = part
+                        if self.others is None:
+                            values[k, block, panel] = part.T
+                bar.update(panel.stop)
+        if self.others is None:
+            norms = [(rows, rows) for rows, _ in norms]
+        return values, norms
+
+    def bound(self, values: np.ndarray) -> dict[str, Any]:
+        """Return the error bound of a matrix, and how many of its pairs lie below it."""
+        sample = sample_examples(len(values), lambda r, c: values[np.ix_(r, c)], seed=(0,))
+        bound = error_bound(
+            self.gradients.model,
+            self.loss,
+            *take(self.examples, torch.from_numpy(sample.examples)),
+            sample.cosines,
+            names=list(self.gradients.parameters),
+            memory=self.plan.memory,
+        )
+        return {
+            "error_bound": bound,
+            "undecided_signs": int(np.triu(np.abs(values) < bound, 1).sum()),
+        }
+
+    def _make(
+        self, examples: tuple[Nest, Nest], recipes: Sequence[Recipe]
+    ) -> Callable[[slice], list[Rows]]:
+        def batch(rows: slice, into: list[Rows] | None) -> list[Rows]:
+            return self.gradients.rows_by_recipe(*take(examples, rows), recipes, into)
+
+        return lambda rows: collect(batch, rows, self.plan.batch)
+
+
+def _work(
     model: nn.Module,
     loss: Loss,
     examples: Examples,
+    others: Examples | None,
     parameters: Sequence[str] | None,
     precision: str,
-) -> PerExampleGradients:
-    _require_a_target_each(examples)
-    inputs, targets = examples
-    sample = take(inputs, slice(3)), targets[:3]
-    return PerExampleGradients(model, loss, sample, parameters=parameters, precision=precision)
-
-
-def _require_a_target_each(examples: Examples) -> None:
-    if not isinstance(examples, tuple | list) or len(examples) != 2:
-        raise ModelError(
-            f"examples are a {type(examples).__name__}: expected (inputs, targets), N first"
-        )
-    inputs, targets = examples
-    map_inputs(_require_tensor, inputs)
-    _require_tensor(targets)
-    if len(targets) != count_examples(inputs):
-        raise ModelError(f"{count_examples(inputs)} inputs, but {len(targets)} targets")
-
-
-def _require_tensor(value: Tensor) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise ModelError(
-            f"examples hold a {type(value).__module__}.{type(value).__name__}: expected torch"
-            " tensors, N first; torch.from_numpy makes them of arrays"
-        )
-    return value
-
-
-def _matrix(
-    gradients: PerExampleGradients,
-    examples: Examples,
-    others: Examples | None,
     memory: int | None,
-) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Return all cosines, panel by panel, and the norms of rows and columns."""
-    plan = _plan(gradients, examples, memory)
-    columns = others or examples
-    _require_a_target_each(columns)
-    n, m = count_examples(examples[0]), count_examples(columns[0])
-    values = np.empty((n, m), dtype=np.float32)
-    norms = np.empty(n), np.empty(m)
-    make_row, make_column = _rows_of(gradients, examples), _rows_of(gradients, columns)
-    for panel in pieces(slice(0, n), plan.panel_rows):
-        held = concatenate(map(make_row, pieces(panel, plan.block)), panel.stop - panel.start)
-        norms[0][panel] = held.norm.cpu().numpy()
-        first = panel.start if others is None else 0  # below it: known by symmetry
-        for block in pieces(slice(first, m), plan.block):
-            is_held = others is None and block.stop <= panel.stop
-            there = slice(block.start - panel.start, block.stop - panel.start)
-            made = held[there] if is_held else make_column(block)
-            norms[1][block] = made.norm.cpu().numpy()
-            values[panel, block] = cosine(held, made).cpu().numpy()
-    if others is None:
-        upper = np.triu(values)
-        values, norms = upper + np.triu(upper, 1).T, (norms[0], norms[0])
-    return values, norms
-
-
-def _rows_of(gradients: PerExampleGradients, examples: Examples) -> Callable[[slice], Rows]:
-    inputs, targets = examples
-    return lambda block: gradients.rows(take(inputs, block), targets[block])
-
-
-def _plan(gradients: PerExampleGradients, examples: Examples, memory: int | None) -> Plan:
-    few = slice(3)
-    row_bytes, making_bytes = gradients.bytes_per_example(take(examples[0], few), examples[1][few])
-    n = count_examples(examples[0])
-    return make_plan(
-        n_examples=n,
-        n_checkpoints=1,
-        row_bytes=row_bytes,
-        making_bytes=making_bytes,
-        memory=memory or _free_memory(),
+) -> _Work:
+    rows = pair(examples)
+    columns = None if others is None else pair(others)
+    few = take(rows, slice(EXAMPLES))
+    gradients = PerExampleGradients(model, loss, few, parameters=parameters, precision=precision)
+    self_check(model, loss, *few, parameters=parameters)
+    gradients, plan = fit(
+        gradients, few, n_examples=count_examples(rows[0]), memory=memory or _free_memory()
     )
+    return _Work(gradients, loss, rows, columns, plan)
+
+
+def _groups(
+    names: Sequence[str], groups: Mapping[str, Sequence[str]] | None
+) -> dict[str, tuple[str, ...]]:
+    if groups is None:
+        found: dict[str, tuple[str, ...]] = {}
+        for name in names:
+            module = name.rpartition(".")[0] or name
+            found[module] = (*found.get(module, ()), name)
+        return found
+    chosen = {group: matching(names, patterns) for group, patterns in groups.items()}
+    for group, members in chosen.items():
+        if not members:
+            raise ModelError(
+                f"no parameter matches group {group!r} ({', '.join(groups[group])}); there are:"
+                f" {', '.join(names)}"
+            )
+    return chosen
 
 
 def _free_memory() -> int:
     return int(psutil.virtual_memory().available // 2)
 
 
-def _labelled(values: np.ndarray, long_name: str, attrs: dict[str, Any]) -> xr.DataArray:
+def _labelled(
+    values: np.ndarray,
+    long_name: str,
+    attrs: dict[str, Any],
+    dims: Sequence[str] = ("example", "other"),
+) -> xr.DataArray:
     return xr.DataArray(
         values,
-        dims=("example", "other"),
+        dims=dims,
         name=long_name.split()[0],
         attrs={"long_name": long_name, "units": "1", **attrs},
     )

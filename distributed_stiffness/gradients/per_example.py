@@ -14,40 +14,46 @@ import copy
 import fnmatch
 import functools
 import warnings
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distributed_stiffness.errors import GradientError, ModelError
-from distributed_stiffness.gradients.batches import Inputs, call, count_examples, prepare, take
-from distributed_stiffness.gradients.capture import Capture, Use, count_uses
+from distributed_stiffness.gradients.batches import (
+    Nest,
+    arguments,
+    count_examples,
+    map_tensors,
+    prepare,
+    take,
+    tensors,
+)
+from distributed_stiffness.gradients.capture import Capture, Captured, Source
 from distributed_stiffness.gradients.gram import Factors, Rows, unit_rows
-from distributed_stiffness.gradients.loss_head import Loss, LossHead, loss_head
+from distributed_stiffness.gradients.layout import Layout
+from distributed_stiffness.gradients.loss_head import (
+    Loss,
+    LossHead,
+    WholeLoss,
+    double_loss,
+    loss_head,
+    whole_loss_head,
+)
 from distributed_stiffness.gradients.precision import full_float32, precision_mode
-from distributed_stiffness.gradients.rules import Linear
+from distributed_stiffness.gradients.recipe import Layer, Pass, Recipe, read_recipe
+from distributed_stiffness.gradients.rules import Linear, Positions
+from distributed_stiffness.tiling import pieces
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """By which rule the gradient of each parameter is made; parameters by name."""
-
-    factored: tuple[str, ...]  # weights of linear layers with one position, kept as two factors
-    biases: Mapping[str, str]  # weight of a factored layer -> its bias, where that is in play
-    structured: tuple[str, ...]  # materialised by a rule of rules/
-    functional: tuple[str, ...]  # torch.func: vmap(grad)
-    one_by_one: tuple[str, ...]  # autograd on one example at a time
-    unused: tuple[str, ...]  # no use in the forward pass: the gradient is 0
-    rules: Mapping[str, str]  # parameter -> the rule's name, or why it has none
-    uses: Mapping[str, int]  # parameter -> calls with a rule that take it
-
-    @property
-    def dense(self) -> tuple[str, ...]:
-        """Parameters of the dense row, in its order."""
-        return self.structured + self.functional + self.one_by_one
+# A part of the gradients is made for so many examples at a time that it stays in the cache until
+# it is in its place.
+_BYTES_AT_A_TIME = {"cpu": 4 * 2**20, "cuda": 2**28}
+# Squares of float32 numbers are summed in float32 while their sum lies between these.
+_SQUARES = 1e-20, 1e30
 
 
 class PerExampleGradients:
@@ -55,83 +61,135 @@ class PerExampleGradients:
 
     Args:
         model: in evaluation mode. It is not changed; a copy is made where the precision asks.
-        loss: "cross_entropy", or a callable (outputs, targets) -> (N,).
+        loss: "cross_entropy", a callable (outputs, targets) -> (N,), or a `WholeLoss`.
         sample: a few examples (inputs, targets), from which the recipe is read.
         parameters: glob patterns of the parameters in play; None takes all that require gradients.
         precision: a name of precision.py.
+        factored: weights kept as factors, of those that can be (`recipe.layers`); None takes those
+            whose pairs cost less that way.
 
     Raises:
         GradientError: the network makes examples depend on each other (batch statistics, dropout).
         ModelError: no parameter is in play.
+        StudyError: no such precision on the network's device.
     """
 
     def __init__(
         self,
         model: nn.Module,
         loss: Loss,
-        sample: tuple[Inputs, Tensor],
+        sample: tuple[Nest, Nest],
         *,
         parameters: Sequence[str] | None = None,
         precision: str = "float32",
+        factored: Collection[str] | None = None,
     ) -> None:
         refuse_dependence(model)
-        self.precision = precision_mode(precision)
+        in_play = parameters_in_play(model, parameters)
+        self.device = next(iter(in_play.values())).device
+        self.precision = precision_mode(precision, self.device)
         self.model = _in_dtype(model, self.precision.network)
-        self.loss = copy.deepcopy(loss).double() if isinstance(loss, nn.Module) else loss
+        self.loss = double_loss(loss)
         self.parameters = parameters_in_play(self.model, parameters)
-        self.device = next(iter(self.parameters.values())).device
+        self._constants = [
+            p for name, p in self.model.named_parameters() if name not in self.parameters
+        ]
+        self._network = _network(self.model, self.loss)
+        self._one_at_a_time: set[str] = set()
         self.recipe = self._read_recipe(*sample)
+        if factored is not None:
+            self.recipe = self.recipe.with_factored(factored)
 
     @property
     def n_parameters(self) -> int:
         """Parameters in play."""
         return sum(p.numel() for p in self.parameters.values())
 
-    def bytes_per_example(self, inputs: Inputs, targets: Tensor) -> tuple[int, int]:
+    def with_factored(self, weights: Collection[str]) -> PerExampleGradients:
+        """Return the same with these weights, and no others, kept as factors."""
+        changed = copy.copy(self)
+        changed.recipe = self.recipe.with_factored(weights)
+        return changed
+
+    def bytes_per_example(self, inputs: Nest, targets: Nest) -> tuple[int, int]:
         """Return what one example takes: its row as it is held, and while it is being made.
 
         A pass keeps every captured input and output with its gradient, about twice over for what
-        lies between the captured calls; a dense row exists three times while it is scaled.
+        lies between the captured calls.
         """
         rows = self.rows(inputs, targets)
         row = -(-rows.nbytes() // len(rows))
-        capture, _ = self._forward(self._prepared(inputs, targets)[0])
+        capture, _ = self._forward(
+            self._prepared(inputs), self._on_device(targets), self.recipe.copying
+        )
+        itemsize = self.precision.network.itemsize
         captured = sum(
-            use.call.input.nbytes + 2 * use.output_shape.numel() * self.precision.network.itemsize
+            (0 if use.call.input is None else use.call.input.nbytes)
+            + 2 * use.output_shape.numel() * itemsize
             for use in capture.uses
         )
-        wide = self.precision.network.itemsize // self.precision.rows.itemsize
+        if self.precision.network != self.precision.rows:
+            dense = sum(self.parameters[name].numel() for name in self.recipe.dense)
+            captured += len(rows) * dense * itemsize // 2
+        wanted = [*self.recipe.functional, *self.recipe.one_by_one]
+        captured += len(rows) * itemsize * sum(self.parameters[n].numel() for n in wanted)
         # At least 1: where no parameter is used a row is empty.
-        return max(1, row), max(1, 2 * captured // len(rows) + 3 * wide * row)
+        return max(1, row), max(1, 2 * captured // len(rows))
 
-    def rows(self, inputs: Inputs, targets: Tensor) -> Rows:
-        """Return the unit gradients of a block of examples, with their norms and losses."""
-        inputs, targets = self._prepared(inputs, targets)
+    def rows(self, inputs: Nest, targets: Nest, into: Rows | None = None) -> Rows:
+        """Return the unit gradients of a block of examples, with their norms and losses.
+
+        Args:
+            inputs: N first.
+            targets: N first.
+            into: rows of this kind that are filled and returned.
+        """
+        room = None if into is None else [into]
+        (made,) = self.rows_by_recipe(inputs, targets, [self.recipe], room)
+        return made
+
+    def rows_by_recipe(
+        self,
+        inputs: Nest,
+        targets: Nest,
+        recipes: Sequence[Recipe],
+        into: Sequence[Rows] | None = None,
+    ) -> list[Rows]:
+        """Return rows over the parameters of each recipe, from one pass; see `rows`."""
         with full_float32():
-            head, uses = self._by_recipe(inputs, targets)
-            dense = self._dense(inputs, head, uses)
-        return unit_rows(
-            [self._factors(uses[name]) for name in self.recipe.factored],
-            dense,
-            scale=head.scale,
-            loss=head.loss,
-            correct=head.correct,
-            dtype=self.precision.rows,
-        )
+            found = self._by_recipe(self._prepared(inputs), self._on_device(targets))
+            rooms = into or [None] * len(recipes)
+            return [self._rows(found, *both) for both in zip(recipes, rooms, strict=True)]
 
-    def materialised(
-        self, inputs: Inputs, targets: Tensor, *, unit: bool = False
-    ) -> dict[str, Tensor]:
+    def _rows(self, found: _Found, recipe: Recipe, into: Rows | None) -> Rows:
+        room = None if into is None else into.dense_NP
+        dense, square = self._dense(found, recipe, room)
+        made = unit_rows(
+            [self._factors(found, recipe.layers[weight]) for weight in recipe.factored],
+            dense,
+            square,
+            scale=found.done.head.scale,
+            loss=found.done.head.loss,
+            correct=found.done.head.correct,
+            precision=self.precision,
+            into=room,
+        )
+        if into is None:
+            return made
+        into.copy_(made)
+        return into
+
+    def materialised(self, inputs: Nest, targets: Nest, *, unit: bool = False) -> dict[str, Tensor]:
         """Return every parameter's gradient for each example, (N, *shape).
 
         At true scale, or with each example's whole gradient at unit norm (0 stays 0), which is
         there also where the squares of the true one are below 1e-308.
         """
-        inputs, targets = self._prepared(inputs, targets)
         with full_float32():
-            head, uses = self._by_recipe(inputs, targets)
-            gradients = self._by_parameter(inputs, head, uses, tuple(self.parameters))
-        factor = head.scale
+            found = self._by_recipe(self._prepared(inputs), self._on_device(targets))
+            everything = slice(0, found.done.n)
+            gradients = {name: self._part(name, found, everything) for name in self.parameters}
+        factor = found.done.head.scale
         if unit:
             norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients.values()]
             length = torch.linalg.vector_norm(torch.stack(norms).double(), dim=0)
@@ -141,65 +199,232 @@ class PerExampleGradients:
             for name, g in gradients.items()
         }
 
-    def _prepared(self, inputs: Inputs, targets: Tensor) -> tuple[Inputs, Tensor]:
-        return prepare(inputs, self.precision.network, self.device), targets.to(self.device)
+    # One pass
 
-    def _read_recipe(self, inputs: Inputs, targets: Tensor) -> Recipe:
-        """Read from two passes, of 2 and of 3 examples, what depends on the number of examples."""
-        inputs, targets = self._prepared(inputs, targets)
+    def _prepared(self, inputs: Nest) -> Nest:
+        return prepare(inputs, self.precision.network, self.device)
+
+    def _on_device(self, targets: Nest) -> Nest:
+        return map_tensors(lambda t: t.to(self.device), targets)
+
+    def _forward(
+        self, inputs: Nest, targets: Nest, copying: Collection[int]
+    ) -> tuple[Capture, Nest]:
+        args, kwargs = self._network.arguments(inputs, targets)
+        seen = tensors((args, kwargs))
+        with (
+            torch.enable_grad(),
+            Capture(self.parameters, self._constants, seen, copying) as capture,
+        ):
+            outputs = self._network.module(*args, **kwargs)
+        return capture, outputs
+
+    def _pass(self, inputs: Nest, targets: Nest, copying: Collection[int]) -> Pass:
+        n = count_examples(inputs)
+        capture, outputs = self._forward(inputs, targets, copying)
+        if isinstance(self.loss, WholeLoss):
+            head = whole_loss_head(outputs, n)
+        else:
+            _require_examples_first(outputs, n)
+            head = loss_head(self.loss, outputs, targets)
+        return Pass(inputs, targets, n, capture, head, head.chosen(outputs))
+
+    def _by_recipe(self, inputs: Nest, targets: Nest) -> _Found:
+        """Differentiate, and check that these examples use parameters as the recipe says.
+
+        Raises:
+            GradientError: they do not, as in a network whose path depends on its inputs.
+        """
+        recipe = self.recipe
+        done = self._pass(inputs, targets, recipe.copying)
+        used = Counter(name for use in done.capture.uses for name in use.names.values())
+        by_function = {*recipe.functional, *recipe.one_by_one}
+        for name in {**recipe.uses, **used}:
+            if name not in by_function and used[name] != recipe.uses.get(name, 0):
+                raise GradientError(
+                    f"parameter {name!r} is used {used[name]} times by a block of {done.n}"
+                    f" examples, but {recipe.uses.get(name, 0)} times by the first few: the"
+                    " network's path depends on its inputs or on the size of the block, so that"
+                    " its gradients cannot be taken a block at a time"
+                )
+        captured: dict[str, list[tuple[str, Captured]]] = defaultdict(list)
+        for use, grad in zip(done.capture.uses, done.backward(), strict=True):
+            if grad is None:
+                grad = torch.zeros(
+                    use.output_shape, dtype=self.precision.network, device=self.device
+                )
+            placed = replace(use, layout=recipe.layouts.get(use.number, Layout()))
+            one = Captured.of(placed, grad.detach())
+            for role, name in use.names.items():
+                captured[name].append((role, one))
+        functions: dict[str, Tensor] = {}
+        if recipe.functional:
+            functions |= self._functional(done, recipe.functional)
+        if recipe.one_by_one:
+            functions |= self._one_by_one(done, recipe.one_by_one)
+        return _Found(done, captured, functions)
+
+    # Parts of the gradients
+
+    def _factors(self, found: _Found, layer: Layer) -> Factors:
+        uses = [one for _, one in found.captured[layer.weight]]
+        left, right = _joined([one.positions() for one in uses])
+        if not uses[0].rule.grad_is_left:
+            left, right = right, left
+        return Factors(right, left, right.new_full((found.done.n,), float(layer.bias is not None)))
+
+    def _dense(self, found: _Found, recipe: Recipe, into: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All parameters that are not factored, side by side: (N, P), and |row|² in float64."""
+        sizes = [self.parameters[name].numel() for name in recipe.dense]
+        dtype = self.precision.network
+        dense = (
+            into
+            if into is not None and into.dtype == dtype
+            else torch.empty(found.done.n, sum(sizes), dtype=dtype, device=self.device)
+        )
+        square = torch.zeros(found.done.n, dtype=torch.float64, device=self.device)
+        for name, place in zip(recipe.dense, torch.split(dense, sizes, 1), strict=True):
+            for rows in pieces(slice(0, found.done.n), self._at_a_time(name, found)):
+                part = _in_memory_order(self._part(name, found, rows))
+                square[rows] += _squares(part)
+                place[rows] = part
+        return dense, square
+
+    def _at_a_time(self, name: str, found: _Found) -> int:
+        """Examples whose gradients of one parameter are made together."""
+        uses = list(found.of(name, self.recipe))
+        if not all(one.divisible for one in uses):
+            return found.done.n
+        numbers = self.parameters[name].numel()
+        numbers += sum(one.rule.scratch(one.call, one.grad_output) for one in uses)
+        room = _BYTES_AT_A_TIME["cuda" if self.device.type == "cuda" else "cpu"]
+        return max(1, room // (numbers * self.precision.network.itemsize))
+
+    def _part(self, name: str, found: _Found, rows: slice) -> Tensor:
+        """Return the gradient of one parameter for some examples, (n, *shape)."""
+        if name in found.functions:
+            return found.functions[name][rows]
+        parameter, n = self.parameters[name], rows.stop - rows.start
+        # The uses of a shared parameter add up before anything is multiplied.
+        terms = self._direct(found.captured.get(name, []), rows)
+        for through in self.recipe.through.get(name, ()):
+            grads = functools.reduce(torch.add, self._direct(found.captured[through], rows))
+            back = self._through(found.done.capture.derived[through], name, grads)
+            if back is not None:
+                terms.append(back.contiguous())
+        if not terms:
+            return parameter.detach().new_zeros(n, *parameter.shape)
+        return functools.reduce(torch.add, terms).reshape(n, *parameter.shape)
+
+    def _direct(self, uses: list[tuple[str, Captured]], rows: slice) -> list[Tensor]:
+        chosen = [(role, one.take(rows) if one.divisible else one) for role, one in uses]
+        linear = [one for role, one in chosen if role == "weight" and isinstance(one.rule, Linear)]
+        if 1 < len(linear) == len(chosen):
+            # Many uses (every step of a recurrent network): one product over all positions.
+            left_NTp, right_NTd = _joined([one.positions() for one in linear])
+            return [torch.bmm(left_NTp.transpose(1, 2), right_NTd)]
+        return [one.per_example(role) for role, one in chosen]
+
+    def _through(self, source: Source, name: str, grads: Tensor) -> Tensor | None:
+        """Send gradients of a tensor made of parameters back to one of them, for each example."""
+        parameter = self.parameters[name]
+        if source.name not in self._one_at_a_time:
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("error", "There is a performance drop")
+                    (back,) = torch.autograd.grad(
+                        source.tensor,
+                        parameter,
+                        grads,
+                        retain_graph=True,
+                        allow_unused=True,
+                        is_grads_batched=True,
+                    )
+                return back
+            except (RuntimeError, UserWarning):
+                self._one_at_a_time.add(source.name)  # some derivatives are not written for batches
+        found = [
+            torch.autograd.grad(
+                source.tensor, parameter, grad, retain_graph=True, allow_unused=True
+            )[0]
+            for grad in grads
+        ]
+        return None if found[0] is None else torch.stack(found)
+
+    # What has no rule
+
+    def _functional(self, done: Pass, names: tuple[str, ...]) -> dict[str, Tensor]:
+        network = self._network
+        parameters = {network.prefix + name: self.parameters[name].detach() for name in names}
+
+        def projected(
+            chosen: dict[str, Tensor], inputs: Nest, targets: Nest, directions: tuple[Tensor, ...]
+        ) -> Tensor:
+            one = map_tensors(lambda t: t.unsqueeze(0), (inputs, targets))
+            args, kwargs = network.arguments(*one)
+            outputs = torch.func.functional_call(network.module, chosen, args, kwargs)
+            parts = zip(done.head.chosen(outputs), directions, strict=True)
+            return torch.stack([(o.squeeze(0) * d).sum() for o, d in parts]).sum()
+
+        # No graph over the parameters that are not asked for; of the attention kernels only the
+        # plain one can be batched over examples.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            per_example = torch.func.vmap(torch.func.grad(projected), in_dims=(None, 0, 0, 0))
+            found = per_example(parameters, done.inputs, done.targets, done.head.directions)
+        return {name: found[network.prefix + name] for name in names}
+
+    def _one_by_one(self, done: Pass, names: tuple[str, ...]) -> dict[str, Tensor]:
+        parameters = [self.parameters[name] for name in names]
+        found: list[list[Tensor]] = []
+        for i in range(done.n):
+            one = take((done.inputs, done.targets), slice(i, i + 1))
+            args, kwargs = self._network.arguments(*one)
+            with torch.enable_grad():
+                outputs = done.head.chosen(self._network.module(*args, **kwargs))
+                grads = torch.autograd.grad(
+                    outputs,
+                    parameters,
+                    [d[i : i + 1] for d in done.head.directions],
+                    allow_unused=True,
+                )
+            found.append(
+                [
+                    torch.zeros_like(p) if g is None else g.to_dense()
+                    for p, g in zip(parameters, grads, strict=True)
+                ]
+            )
+        return {
+            name: torch.stack(column)
+            for name, column in zip(names, zip(*found, strict=True), strict=True)
+        }
+
+    # The recipe
+
+    def _read_recipe(self, inputs: Nest, targets: Nest) -> Recipe:
+        inputs, targets = self._prepared(inputs), self._on_device(targets)
+
+        def run(n: int, copying: Collection[int]) -> Pass:
+            return self._pass(take(inputs, slice(n)), take(targets, slice(n)), copying)
+
         if count_examples(inputs) < 3:
             raise GradientError(f"at least 3 examples are needed, got {count_examples(inputs)}")
-        why: dict[str, str] = {}
-        for n in (2, 3):
-            capture, outputs = self._forward(take(inputs, slice(n)))
-            why |= capture.unstructured
-            for use in capture.uses:
-                if use.call.input.shape[:1] != (n,) or use.output_shape[:1] != (n,):
-                    why |= dict.fromkeys(use.names.values(), "examples are not the first dimension")
-                elif use.spoiled:
-                    why |= dict.fromkeys(use.names.values(), "its input is overwritten in place")
-        uses = capture.uses
-        count = Counter(name for u in uses for name in u.names.values())
-        for name, times in count_uses(outputs, self.parameters).items():
-            if times > count[name]:
-                why.setdefault(name, "a call that torch does not show")
-        lone = {
-            u.names["weight"]: u
-            for u in uses
-            if isinstance(u.rule, Linear)
-            and "weight" in u.names
-            and u.output_shape[:-1].numel() == 3  # one position an example
-            and all(count[name] == 1 and name not in why for name in u.names.values())
-        }
-        biases = {w: u.names["bias"] for w, u in lone.items() if "bias" in u.names}
-        factored = {*lone, *biases.values()}
-        rest = [name for name in self.parameters if name not in factored and name not in why]
-        functional, one_by_one = self._split_by_torch_func(inputs, targets, sorted(why))
-        rules = {name: u.rule.name for u in uses for name in u.names.values()} | why
-        return Recipe(
-            factored=tuple(lone),
-            biases=biases,
-            structured=tuple(name for name in rest if count[name]),
-            functional=functional,
-            one_by_one=one_by_one,
-            unused=tuple(name for name in rest if not count[name]),
-            rules=rules,
-            uses=count,
+        return read_recipe(
+            run,
+            self.parameters,
+            lambda names: self._split_by_torch_func(run(2, ()), names),
         )
 
     def _split_by_torch_func(
-        self, inputs: Inputs, targets: Tensor, names: list[str]
+        self, two: Pass, names: tuple[str, ...]
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Try torch.func on two examples; what it cannot do is left to autograd."""
         if not names:
             return (), ()
-        two = take(inputs, slice(2))
-        head, _ = self._differentiate(two, targets[:2])
         try:
             with warnings.catch_warnings():
                 # Where torch.func has no batched kernel it loops too, under a warning of its own.
                 warnings.filterwarnings("error", "There is a performance drop")
-                self._functional(two, head, tuple(names))
+                self._functional(two, names)
         except Exception as error:  # whatever torch.func cannot trace: any type of error
             modules = sorted({name.rpartition(".")[0] or "the network" for name in names})
             warnings.warn(
@@ -208,163 +433,91 @@ class PerExampleGradients:
                 f" which takes as long as training on single examples. torch.func said: {error}",
                 stacklevel=2,
             )
-            return (), tuple(names)
-        return tuple(names), ()
+            return (), names
+        return names, ()
 
-    def _forward(self, inputs: Inputs) -> tuple[Capture, Tensor]:
-        with torch.enable_grad(), Capture(self.parameters) as capture:
-            outputs = call(self.model, inputs)
-        if not isinstance(outputs, Tensor):
-            raise ModelError(
-                f"the network returned {type(outputs).__name__}, expected one tensor with N first"
-            )
-        if outputs.shape[:1] != (count_examples(inputs),):
-            raise ModelError(
-                f"the network returned shape {tuple(outputs.shape)} for"
-                f" {count_examples(inputs)} examples, expected N first"
-            )
-        return capture, outputs
 
-    def _by_recipe(
-        self, inputs: Inputs, targets: Tensor
-    ) -> tuple[LossHead, dict[str, list[tuple[str, Use, Tensor]]]]:
-        """Differentiate, and check that these examples use parameters as the recipe says.
+@dataclass(frozen=True)
+class _Network:
+    """The module that is differentiated: the network, or one with its loss inside."""
 
-        Raises:
-            GradientError: they do not, as in a network whose path depends on its inputs.
-        """
-        head, uses = self._differentiate(inputs, targets)
-        by_function = {*self.recipe.functional, *self.recipe.one_by_one}
-        for name, found in uses.items():
-            expected = self.recipe.uses.get(name, 0)
-            if name not in by_function and len(found) != expected:
-                raise GradientError(
-                    f"parameter {name!r} is used {len(found)} times by a block of"
-                    f" {count_examples(inputs)} examples, but {expected} times by the first few:"
-                    " the network's path depends on its inputs or on the size of the block, so"
-                    " that its gradients cannot be taken a block at a time"
-                )
-        return head, uses
+    module: nn.Module
+    prefix: str  # of the network's parameters in it
+    takes_targets: bool
 
-    def _differentiate(
-        self, inputs: Inputs, targets: Tensor
-    ) -> tuple[LossHead, dict[str, list[tuple[str, Use, Tensor]]]]:
-        """Forward and backward; by parameter: (role, use, gradient at the use's output)."""
-        capture, outputs = self._forward(inputs)
-        head = loss_head(self.loss, outputs, targets)
-        grads = (
-            torch.autograd.grad(
-                outputs,
-                [use.edge for use in capture.uses],
-                grad_outputs=head.direction,
-                allow_unused=True,
-            )
-            if capture.uses and outputs.requires_grad
-            else [None] * len(capture.uses)
+    def arguments(self, inputs: Nest, targets: Nest) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what the module is called with."""
+        if not self.takes_targets:
+            return arguments(inputs)
+        return (inputs if targets is None else (inputs, targets),), {}
+
+
+class _LossInside(nn.Module):
+    """A network and its `WholeLoss`, called as one."""
+
+    def __init__(self, model: nn.Module, loss: WholeLoss) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: Nest) -> Tensor:
+        return self.loss.function(self.model, batch)
+
+
+def _network(model: nn.Module, loss: Loss) -> _Network:
+    if isinstance(loss, WholeLoss):
+        return _Network(_LossInside(model, loss), "model.", takes_targets=True)
+    return _Network(model, "", takes_targets=False)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A block of examples, differentiated."""
+
+    done: Pass
+    captured: Mapping[str, list[tuple[str, Captured]]]  # source -> (role, use)
+    functions: Mapping[str, Tensor]  # what went through torch.func or one by one
+
+    def of(self, name: str, recipe: Recipe) -> Iterator[Captured]:
+        """Every use of a parameter, direct or through a tensor made of it."""
+        for source in (name, *recipe.through.get(name, ())):
+            yield from (one for _, one in self.captured.get(source, ()))
+
+
+def _joined(positions: Sequence[Positions]) -> tuple[Tensor, Tensor]:
+    return (
+        torch.cat([p.left_NTp for p in positions], 1),
+        torch.cat([p.right_NTd for p in positions], 1),
+    )
+
+
+def _in_memory_order(part: Tensor) -> Tensor:
+    """Flatten gradients, (n, *shape), in the order in which they lie: products need no other."""
+    order = sorted(range(1, part.dim()), key=lambda dim: -part.stride(dim))
+    return part.permute(0, *order).reshape(len(part), -1)
+
+
+def _squares(part: Tensor) -> Tensor:
+    """Return the sum of squares of each row, (n,) float64."""
+    if part.dtype == torch.float32 and not part.is_cuda and part.numel():
+        # Several times as fast as a float64 norm, which copies; short sums keep the digits.
+        square: Tensor = part.square().sum(1)
+        if _SQUARES[0] < float(square.min()) and float(square.max()) < _SQUARES[1]:
+            return square.double()
+    norms: Tensor = torch.linalg.vector_norm(part, dim=1, dtype=torch.float64)
+    return norms.square()
+
+
+def _require_examples_first(outputs: Nest, n: int) -> None:
+    found = tensors(outputs)
+    if not found:
+        raise ModelError(
+            f"the network returned {type(outputs).__name__}, expected a tensor with N first, or a"
+            " nest of such"
         )
-        uses: dict[str, list[tuple[str, Use, Tensor]]] = {name: [] for name in self.parameters}
-        for use, grad in zip(capture.uses, grads, strict=True):
-            filled = torch.zeros(use.output_shape, dtype=outputs.dtype, device=outputs.device)
-            for role, name in use.names.items():
-                uses[name].append((role, use, filled if grad is None else grad))
-        return head, uses
-
-    def _factors(self, uses: list[tuple[str, Use, Tensor]]) -> Factors:
-        ((_, use, grad),) = uses
-        n = grad.shape[0]
-        has_bias = use.names["weight"] in self.recipe.biases
-        b_N = grad.new_full((n,), float(has_bias))
-        return Factors(use.call.input.reshape(n, -1), grad.reshape(n, -1), b_N)
-
-    def _dense(
-        self,
-        inputs: Inputs,
-        head: LossHead,
-        uses: Mapping[str, list[tuple[str, Use, Tensor]]],
-    ) -> Tensor:
-        """All parameters that are not factored, side by side: (N, P)."""
-        n = count_examples(inputs)
-        sizes = [self.parameters[name].numel() for name in self.recipe.dense]
-        dense = torch.empty(n, sum(sizes), dtype=self.precision.network, device=self.device)
-        parts = self._by_parameter(inputs, head, uses, self.recipe.dense)
-        for name, place in zip(self.recipe.dense, torch.split(dense, sizes, 1), strict=True):
-            place.copy_(parts.pop(name).reshape(n, -1))
-        return dense
-
-    def _by_parameter(
-        self,
-        inputs: Inputs,
-        head: LossHead,
-        uses: Mapping[str, list[tuple[str, Use, Tensor]]],
-        names: tuple[str, ...],
-    ) -> dict[str, Tensor]:
-        n, recipe = count_examples(inputs), self.recipe
-        parts: dict[str, Tensor] = {}
-        for name in names:
-            if name in recipe.functional or name in recipe.one_by_one:
-                continue
-            # The uses of a shared parameter add up before anything is multiplied.
-            terms = [use.rule.per_example(role, use.call, grad) for role, use, grad in uses[name]]
-            parts[name] = (
-                functools.reduce(torch.add, terms)
-                if terms
-                else self.parameters[name].new_zeros(n, *self.parameters[name].shape)
-            )
-        if recipe.functional:
-            parts |= self._functional(inputs, head, recipe.functional)
-        if recipe.one_by_one:
-            parts |= self._one_by_one(inputs, head, recipe.one_by_one)
-        return {name: parts[name] for name in names}
-
-    def _functional(
-        self, inputs: Inputs, head: LossHead, names: tuple[str, ...]
-    ) -> dict[str, Tensor]:
-        parameters = {name: self.parameters[name].detach() for name in names}
-
-        def projected(chosen: dict[str, Tensor], one: Inputs, direction: Tensor) -> Tensor:
-            batch = _batch_of_one(one)
-            args = (
-                batch if isinstance(batch, tuple) else () if isinstance(batch, dict) else (batch,)
-            )
-            kwargs = batch if isinstance(batch, dict) else None
-            outputs: Tensor = torch.func.functional_call(self.model, chosen, args, kwargs)
-            return (outputs.squeeze(0) * direction).sum()
-
-        # No graph over the parameters that are not asked for; of the attention kernels only the
-        # plain one can be batched over examples.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            per_example = torch.func.vmap(torch.func.grad(projected), in_dims=(None, 0, 0))
-            return dict(per_example(parameters, inputs, head.direction))
-
-    def _one_by_one(
-        self, inputs: Inputs, head: LossHead, names: tuple[str, ...]
-    ) -> dict[str, Tensor]:
-        tensors = [self.parameters[name] for name in names]
-        found: list[list[Tensor]] = []
-        for i in range(count_examples(inputs)):
-            with torch.enable_grad():
-                outputs = call(self.model, take(inputs, slice(i, i + 1)))
-                projected = (outputs * head.direction[i : i + 1]).sum()
-                grads = torch.autograd.grad(projected, tensors, allow_unused=True)
-            found.append(
-                [
-                    torch.zeros_like(t) if g is None else g.to_dense()
-                    for t, g in zip(tensors, grads, strict=True)
-                ]
-            )
-        return {
-            name: torch.stack(column)
-            for name, column in zip(names, zip(*found, strict=True), strict=True)
-        }
-
-
-def _batch_of_one(one: Inputs) -> Inputs:
-    """Make a batch of one example."""
-    if isinstance(one, Tensor):
-        return one.unsqueeze(0)
-    if isinstance(one, dict):
-        return {key: value.unsqueeze(0) for key, value in one.items()}
-    return tuple(value.unsqueeze(0) for value in one)
+    if isinstance(outputs, Tensor) and (outputs.dim() == 0 or len(outputs) != n):
+        raise ModelError(
+            f"the network returned shape {tuple(outputs.shape)} for {n} examples, expected N first"
+        )
 
 
 def parameters_in_play(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, Tensor]:
@@ -378,18 +531,19 @@ def parameters_in_play(model: nn.Module, patterns: Sequence[str] | None) -> dict
     }
     if patterns is not None:
         for pattern in patterns:
-            if not fnmatch.filter(trainable, pattern):
+            if not matching(list(trainable), [pattern]):
                 raise ModelError(
                     f"no trainable parameter matches {pattern!r}; there are: {', '.join(trainable)}"
                 )
-        trainable = {
-            name: p
-            for name, p in trainable.items()
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-        }
+        trainable = {name: trainable[name] for name in matching(list(trainable), patterns)}
     if not trainable:
         raise ModelError("the network has no parameter that requires a gradient")
     return trainable
+
+
+def matching(names: Sequence[str], patterns: Sequence[str]) -> tuple[str, ...]:
+    """Return the names that match a glob pattern."""
+    return tuple(n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns))
 
 
 def refuse_dependence(model: nn.Module) -> None:

@@ -1,11 +1,15 @@
 """In which precision gradients and their products are computed, by name.
 
-| name | forward and backward | Gram |
-|---|---|---|
-| float32 | float32 | float32 over unit rows, folded over blocks of 4,096 elements |
-| float64 | float64 | the same |
+| name | forward and backward | rows | products of rows |
+|---|---|---|---|
+| float32 | float32 | float32 | float32, folded over 4,096 elements |
+| float64 | float64 | float32 | the same |
+| bf16 | float32 | bfloat16 | bfloat16, summed in float32 |
+| bf16x3 | float32 | float32 | each as two bfloat16, three products, summed in float32; CUDA |
+| tf32 | float32 | float32 | TF32, summed in float32; CUDA |
 
-The loss head is float64 in both (loss_head.py).
+The loss head is float64 in all (loss_head.py). What each loses is measured for every matrix
+(error_bound.py), and written down in docs/design/0002-numbers.md.
 """
 
 from __future__ import annotations
@@ -13,10 +17,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from distributed_stiffness.errors import StudyError
+
+# Partial sums of so many products are added up one after the other: a sixteenth of a row, which
+# keeps the most digits, within what a product needs to run at its full rate.
+_SHORTEST_FOLD, _FOLDS, _LONGEST_FOLD = 64, 16, 4096
+# A GPU's bfloat16 products need longer sums to run at full rate.
+_FOLD_CUDA_BF16 = 2**16
 
 
 @dataclass(frozen=True)
@@ -25,34 +37,96 @@ class Precision:
 
     name: str
     network: torch.dtype  # forward and backward
-    rows: torch.dtype  # unit rows and their products
+    rows: torch.dtype  # unit rows
+    cuda_only: bool = False
+
+    def fold(self, rows: Tensor) -> int:
+        """Return over how many elements one product may run."""
+        if self.name == "bf16" and rows.is_cuda:
+            return _FOLD_CUDA_BF16
+        return min(_LONGEST_FOLD, max(_SHORTEST_FOLD, rows.shape[1] // _FOLDS))
+
+    def product(self, X_NP: Tensor, Y_MP: Tensor) -> Tensor:
+        """X Yᵀ, (N, M), float32 whatever the operands are."""
+        if self.name == "bf16x3":
+            high_x, low_x = _two_parts(X_NP)
+            high_y, low_y = _two_parts(Y_MP)
+            product = _bf16_product(high_x, high_y)
+            product += _bf16_product(high_x, low_y)
+            product += _bf16_product(low_x, high_y)
+            return product
+        if X_NP.dtype == torch.bfloat16:
+            return _bf16_product(X_NP, Y_MP)
+        if self.name == "tf32":
+            with _switched(torch.backends.cuda.matmul, "allow_tf32", True):
+                return X_NP @ Y_MP.T
+        return X_NP @ Y_MP.T
 
 
+FLOAT32 = Precision("float32", torch.float32, torch.float32)
 _MODES = {
-    "float32": Precision("float32", torch.float32, torch.float32),
-    "float64": Precision("float64", torch.float64, torch.float32),
+    mode.name: mode
+    for mode in (
+        FLOAT32,
+        Precision("float64", torch.float64, torch.float32),
+        Precision("bf16", torch.float32, torch.bfloat16),
+        Precision("bf16x3", torch.float32, torch.float32, cuda_only=True),
+        Precision("tf32", torch.float32, torch.float32, cuda_only=True),
+    )
 }
 PRECISIONS = tuple(_MODES)
 
 
-def precision_mode(name: str) -> Precision:
+def precision_mode(name: str, device: torch.device | str | None = None) -> Precision:
     """Look a mode up.
 
     Raises:
-        StudyError: there is no mode of that name.
+        StudyError: there is no mode of that name, or not on that device.
     """
     if name not in _MODES:
         raise StudyError(f"unknown precision {name!r}: expected one of {', '.join(PRECISIONS)}")
-    return _MODES[name]
+    mode = _MODES[name]
+    if device is not None and mode.cuda_only and torch.device(device).type != "cuda":
+        others = ", ".join(m.name for m in _MODES.values() if not m.cuda_only)
+        raise StudyError(
+            f"precision {name!r} needs a CUDA device, the network is on {device}: move it there, or"
+            f" take one of {others}"
+        )
+    return mode
+
+
+def _two_parts(X: Tensor) -> tuple[Tensor, Tensor]:
+    """X as a sum of two bfloat16, to 16 bits of its mantissa."""
+    high = X.bfloat16()
+    return high, (X - high).bfloat16()
+
+
+def _bf16_product(X_NP: Tensor, Y_MP: Tensor) -> Tensor:
+    if X_NP.is_cuda:
+        product: Tensor = torch.mm(X_NP, Y_MP.T, out_dtype=torch.float32)
+        return product
+    # A CPU's product of bfloat16 tensors rounds its sums to bfloat16. float32 tensors that hold
+    # bfloat16 numbers go through the same units without a loss, and the sums stay float32.
+    with _switched(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"):
+        return X_NP.float() @ Y_MP.float().T
+
+
+@contextlib.contextmanager
+def _switched(backend: Any, switch: str, value: Any) -> Iterator[None]:
+    """Set a switch of a torch backend for a while."""
+    before = getattr(backend, switch)
+    setattr(backend, switch, value)
+    try:
+        yield
+    finally:
+        setattr(backend, switch, before)
 
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
     """Keep TF32 off: torch has it on for convolutions, with 10-bit mantissas."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.allow_tf32 = matmul.allow_tf32 = False
-    try:
+    with (
+        _switched(torch.backends.cudnn, "allow_tf32", False),
+        _switched(torch.backends.cuda.matmul, "allow_tf32", False),
+    ):
         yield
-    finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before

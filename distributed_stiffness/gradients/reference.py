@@ -9,22 +9,31 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distributed_stiffness.gradients.batches import Inputs, call, count_examples, prepare, take
-from distributed_stiffness.gradients.loss_head import Loss
+from distributed_stiffness.gradients.batches import (
+    Nest,
+    call,
+    count_examples,
+    map_tensors,
+    prepare,
+    take,
+)
+from distributed_stiffness.gradients.loss_head import Loss, WholeLoss, double_loss
 
 
-def _log_odds(z: Tensor, targets: Tensor) -> Tensor:
+def _log_odds(outputs: Any, targets: Tensor) -> Tensor:
     """log((1 − p_y)/p_y) of each example, (N,)."""
+    z = outputs if isinstance(outputs, Tensor) else outputs["logits"]
     is_target = torch.arange(z.shape[1], device=z.device) == targets.unsqueeze(1)
     return torch.logsumexp(z.masked_fill(is_target, -torch.inf), 1) - z[is_target]
 
 
-def _cross_entropy(z: Tensor, targets: Tensor) -> Tensor:
-    log_odds = _log_odds(z, targets)
+def _cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
+    log_odds = _log_odds(outputs, targets)
     return torch.logaddexp(log_odds, torch.zeros_like(log_odds))
 
 
@@ -33,7 +42,7 @@ class Reference:
 
     def __init__(self, model: nn.Module, loss: Loss, names: Sequence[str]) -> None:
         self.model = copy.deepcopy(model).double()
-        double = copy.deepcopy(loss).double() if isinstance(loss, nn.Module) else loss
+        double = double_loss(loss)
         self.loss = _cross_entropy if isinstance(double, str) else double
         # Cross-entropy rises with its log-odds, so that both have gradients of one direction; that
         # of the log-odds is there also where the other is below 1e-308.
@@ -41,17 +50,27 @@ class Reference:
         by_name = dict(self.model.named_parameters())
         self.parameters = {name: by_name[name] for name in names}
 
-    def gradient(self, inputs: Inputs, targets: Tensor, index: int) -> dict[str, Tensor]:
+    def gradient(self, inputs: Nest, targets: Nest, index: int) -> dict[str, Tensor]:
         """Return ∂loss/∂parameter of one example, at true scale."""
         return self._differentiate(self.loss, inputs, targets, index)
 
     def _differentiate(
-        self, loss: Callable[[Tensor, Tensor], Tensor], inputs: Inputs, targets: Tensor, index: int
+        self,
+        loss: Callable[[Any, Any], Tensor] | WholeLoss,
+        inputs: Nest,
+        targets: Nest,
+        index: int,
     ) -> dict[str, Tensor]:
         device = next(iter(self.parameters.values())).device
-        one = prepare(take(inputs, slice(index, index + 1)), torch.float64, device)
+        example, target = take((inputs, targets), slice(index, index + 1))
+        one = prepare(example, torch.float64, device)
+        target = map_tensors(lambda t: t.to(device), target)
         with torch.enable_grad():
-            value = loss(call(self.model, one), targets[index : index + 1].to(device)).sum()
+            if isinstance(loss, WholeLoss):
+                batch = one if target is None else (one, target)
+                value = loss.function(self.model, batch).sum()
+            else:
+                value = loss(call(self.model, one), target).sum()
             grads = torch.autograd.grad(value, list(self.parameters.values()), allow_unused=True)
         return {
             name: torch.zeros_like(p) if g is None else g.to_dense()
@@ -63,7 +82,7 @@ class Reference:
         """P."""
         return sum(p.numel() for p in self.parameters.values())
 
-    def unit_gradients(self, inputs: Inputs, targets: Tensor) -> Tensor:
+    def unit_gradients(self, inputs: Nest, targets: Nest) -> Tensor:
         """Return the flattened unit gradients of all examples, (N, P) float64; 0 stays 0."""
         first = next(iter(self.parameters.values()))
         rows = first.new_empty(count_examples(inputs), self.n_parameters)
@@ -75,7 +94,7 @@ class Reference:
                 row /= torch.where(size > 0, size, 1.0)
         return rows
 
-    def cosines(self, inputs: Inputs, targets: Tensor, *, memory: int) -> Tensor:
+    def cosines(self, inputs: Nest, targets: Nest, *, memory: int) -> Tensor:
         """cos(g_i, g_j) of all pairs, (N, N) float64, holding at most about `memory` bytes."""
         n = count_examples(inputs)
         block = max(1, min(n, memory // (2 * 8 * self.n_parameters)))
@@ -83,10 +102,10 @@ class Reference:
         result = torch.empty(n, n, dtype=torch.float64)
         for a in starts:
             rows = slice(a, a + block)
-            G = self.unit_gradients(take(inputs, rows), targets[rows])
+            G = self.unit_gradients(*take((inputs, targets), rows))
             for b in starts[starts.index(a) :]:
                 columns = slice(b, b + block)
-                H = G if b == a else self.unit_gradients(take(inputs, columns), targets[columns])
+                H = G if b == a else self.unit_gradients(*take((inputs, targets), columns))
                 cosines = (G @ H.T).cpu()
                 result[rows, columns] = cosines
                 result[columns, rows] = cosines.T

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed_stiffness.errors import GradientError
-from distributed_stiffness.gradients.batches import Inputs, count_examples, take
+from distributed_stiffness.gradients.batches import Nest, count_examples, take
 from distributed_stiffness.gradients.gram import cosine
 from distributed_stiffness.gradients.loss_head import Loss
 from distributed_stiffness.gradients.per_example import PerExampleGradients
@@ -25,8 +25,8 @@ COSINE_TOLERANCE = 1e-5
 def self_check(
     model: nn.Module,
     loss: Loss,
-    inputs: Inputs,
-    targets: Tensor,
+    inputs: Nest,
+    targets: Nest,
     *,
     parameters: Sequence[str] | None = None,
 ) -> PerExampleGradients:
@@ -46,7 +46,7 @@ def self_check(
         GradientError: a parameter's gradient is wrong, or examples depend on each other.
     """
     n = min(EXAMPLES, count_examples(inputs))
-    inputs, targets = take(inputs, slice(n)), targets[:n]
+    inputs, targets = take((inputs, targets), slice(n))
     checked = PerExampleGradients(
         model, loss, (inputs, targets), parameters=parameters, precision="float64"
     )
@@ -88,14 +88,14 @@ def self_check(
 
 def _require_independence(
     checked: PerExampleGradients,
-    inputs: Inputs,
-    targets: Tensor,
+    inputs: Nest,
+    targets: Nest,
     together: Mapping[str, Tensor],
     norm: Tensor,
 ) -> None:
     """Compute the same examples backwards and in two halves."""
-    for half in torch.arange(len(targets) - 1, -1, -1).chunk(2):
-        for name, gradients in checked.materialised(take(inputs, half), targets[half]).items():
+    for half in torch.arange(count_examples(inputs) - 1, -1, -1).chunk(2):
+        for name, gradients in checked.materialised(*take((inputs, targets), half)).items():
             moved = _relative(gradients - together[name][half], norm[half])
             if not moved.max() <= TOLERANCE:
                 raise GradientError(

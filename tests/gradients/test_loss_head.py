@@ -53,7 +53,9 @@ class TestCrossEntropy:
             # exp and log carry an error of their argument's size, up to 700 here.
             assert float(head.loss[i]) == pytest.approx(loss, rel=1e-12)
             assert float(head.scale[i]) == pytest.approx(norm, rel=1e-12)
-            np.testing.assert_allclose(head.direction[i].numpy(), direction, rtol=1e-13, atol=1e-17)
+            np.testing.assert_allclose(
+                head.directions[0][i].numpy(), direction, rtol=1e-13, atol=1e-17
+            )
 
     @given(
         st.lists(st.floats(-1e4, 1e4), min_size=2, max_size=6),
@@ -64,9 +66,9 @@ class TestCrossEntropy:
         z, y = torch.tensor([outputs], dtype=torch.float64), torch.tensor([target % len(outputs)])
         head = loss_head("cross_entropy", z, y)
 
-        assert float(head.direction.norm()) == pytest.approx(1, abs=EXACT)
-        assert float(head.direction.sum()) == pytest.approx(0, abs=EXACT)
-        assert head.direction[0, y].item() < 0
+        assert float(head.directions[0].norm()) == pytest.approx(1, abs=EXACT)
+        assert float(head.directions[0].sum()) == pytest.approx(0, abs=EXACT)
+        assert head.directions[0][0, y].item() < 0
         assert head.loss.item() >= 0
         assert 0 < head.scale.item() <= math.sqrt(2)
 
@@ -80,7 +82,7 @@ class TestCrossEntropy:
         """The direction goes backward in the network's own precision; the rest is float64."""
         head = loss_head("cross_entropy", torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
 
-        assert head.direction.dtype == torch.float32
+        assert head.directions[0].dtype == torch.float32
         assert head.loss.dtype == head.scale.dtype == torch.float64
 
     def test_a_single_output_has_no_gradient(self):
@@ -88,7 +90,7 @@ class TestCrossEntropy:
         head = loss_head("cross_entropy", torch.randn(3, 1), torch.zeros(3, dtype=torch.int64))
 
         assert (head.loss == 0).all()
-        assert (head.direction == 0).all()
+        assert (head.directions[0] == 0).all()
         assert (head.scale == 0).all()
 
 
@@ -103,14 +105,14 @@ class TestAnyLoss:
         z, targets = torch.tensor([[3.0, 0.0, 4.0]]), torch.zeros(1, 3)
         head = loss_head(loss, z, targets)
 
-        torch.testing.assert_close(head.direction, torch.tensor([[0.6, 0.0, 0.8]]))
+        torch.testing.assert_close(head.directions[0], torch.tensor([[0.6, 0.0, 0.8]]))
         assert head.scale.item() == pytest.approx(10 * 10.0**power, rel=1e-12)
 
     def test_one_output_an_example(self):
         """Outputs (N,), as of a regression, have one direction."""
         head = loss_head(lambda z, t: (z - t).square(), torch.tensor([3.0, 1.0]), torch.ones(2))
 
-        assert head.direction.tolist() == [1.0, 0.0]
+        assert head.directions[0].tolist() == [1.0, 0.0]
         assert head.scale.tolist() == [4.0, 0.0]
 
     def test_a_gradient_of_zero_stays_zero(self):
@@ -119,7 +121,7 @@ class TestAnyLoss:
         head = loss_head(lambda z, t: (z - t).square().sum(1), z, torch.ones(2, 3))
 
         assert (head.scale == 0).all()
-        assert (head.direction == 0).all()
+        assert (head.directions[0] == 0).all()
 
 
 class TestBadInput:
@@ -198,9 +200,9 @@ class TestBadInput:
             def forward(self, x):
                 return super().forward(x).mean(0)
 
-        with pytest.raises(ModelError, match=r"\(2,\).*expected N first"):
+        with pytest.raises(ModelError, match=r"\(5,\).*expected N first"):
             cosine_matrix(
-                Mean(4, 2), "cross_entropy", (torch.eye(4), torch.zeros(4, dtype=torch.int64))
+                Mean(4, 5), "cross_entropy", (torch.eye(4), torch.zeros(4, dtype=torch.int64))
             )
 
 

@@ -15,7 +15,9 @@ from distributed_stiffness.errors import ModelError
     [
         ((np.zeros((5, 3)), torch.zeros(5, dtype=torch.long)), r"numpy\.ndarray.*from_numpy"),
         ((torch.zeros(5, 3), np.zeros(5)), r"numpy\.ndarray.*from_numpy"),
-        (torch.utils.data.TensorDataset(torch.zeros(5, 3)), r"TensorDataset.*\(inputs, targets\)"),
+        (torch.zeros(5, 3), r"Tensor.*\(inputs, targets\)"),
+        ({"x": torch.zeros(5, 3)}, r"dict.*\(inputs, targets\)"),
+        (torch.utils.data.TensorDataset(torch.zeros(5, 3)), r"\(inputs, targets\)"),
         ((torch.zeros(5, 3), torch.zeros(4, dtype=torch.long)), r"5 inputs, but 4 targets"),
     ],
 )

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distributed_stiffness.errors import ModelError
 from distributed_stiffness.gradients import PerExampleGradients, cosine_matrix
+from distributed_stiffness.gradients.gram import cosine
 from distributed_stiffness.models import resnet18, resnet20
 
 N = 5
@@ -264,20 +265,20 @@ def classes() -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A network and its inputs; `rules` says by which kind of rule its gradients are made."""
+    """A network and its inputs; `functional` are the parameters that no rule covers."""
 
     name: str
     model: Callable[[], nn.Module]
     inputs: Callable[[], Any]
-    rules: frozenset[str] = frozenset({"structured"})
+    functional: frozenset[str] = frozenset()
 
 
-def case(name: str, model: Any, inputs: Any, *rules: str) -> Case:
-    return Case(name, model, inputs, frozenset(rules or ["structured"]))
+def case(name: str, model: Any, inputs: Any, *functional: str) -> Case:
+    return Case(name, model, inputs, frozenset(functional))
 
 
-def convolution(name: str, module: Callable[[], nn.Module], *shape: int, rule: str = "structured"):
-    return case(name, lambda: sequential(module()), lambda: vectors(*shape), rule)
+def convolution(name: str, module: Callable[[], nn.Module], *shape: int):
+    return case(name, lambda: sequential(module()), lambda: vectors(*shape))
 
 
 CASES = [
@@ -285,19 +286,16 @@ CASES = [
         "linear",
         lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, CLASSES)),
         lambda: vectors(4),
-        "factored",
     ),
     case(
         "linear without bias",
         lambda: nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 3, bias=False)),
         lambda: vectors(4),
-        "factored",
     ),
     case(
         "linear on one position with more dimensions",
         lambda: sequential(nn.Linear(4, 3)),
         lambda: vectors(1, 1, 4),
-        "factored",
     ),
     case("linear on a sequence", lambda: sequential(nn.Linear(4, 3)), lambda: vectors(6, 4)),
     case("linear on a grid", lambda: sequential(nn.Linear(4, 3)), lambda: vectors(2, 3, 4)),
@@ -325,7 +323,6 @@ CASES = [
         2,
         6,
         6,
-        rule="functional",
     ),
     *(
         convolution(
@@ -339,9 +336,7 @@ CASES = [
     ),
     convolution("conv3d", lambda: nn.Conv3d(2, 3, 2, stride=(1, 2, 1)), 2, 4, 5, 4),
     convolution("conv3d with groups", lambda: nn.Conv3d(2, 4, 3, groups=2, padding=1), 2, 3, 4, 3),
-    convolution(
-        "transposed convolution", lambda: nn.ConvTranspose2d(2, 3, 3), 2, 4, 4, rule="functional"
-    ),
+    convolution("transposed convolution", lambda: nn.ConvTranspose2d(2, 3, 3), 2, 4, 4),
     case("batch norm on vectors", lambda: sequential(nn.BatchNorm1d(4)), lambda: vectors(4)),
     case("batch norm on sequences", lambda: sequential(nn.BatchNorm1d(4)), lambda: vectors(4, 6)),
     case(
@@ -372,7 +367,6 @@ CASES = [
         "instance norm with running statistics",
         lambda: sequential(nn.InstanceNorm1d(3, affine=True, track_running_stats=True)),
         lambda: vectors(3, 5),
-        "functional",
     ),
     case("RMS norm", lambda: sequential(nn.RMSNorm(4)), lambda: vectors(6, 4)),
     case(
@@ -401,42 +395,30 @@ CASES = [
         "embedding of positions",
         lambda: TiedLanguageModel(positions=True),
         lambda: tokens(6),
-        "structured",
-        "functional",
     ),
-    case("raw parameters", lambda: Head(Scaled()), lambda: vectors(4), "functional"),
-    case("F.linear", FunctionalLinear, lambda: vectors(4), "functional", "structured"),
+    case("raw parameters", lambda: Head(Scaled()), lambda: vectors(4)),
+    case("F.linear", FunctionalLinear, lambda: vectors(4)),
     case(
         "a weight in two places",
         lambda: Head(OneWeightTwoPlaces()),
         lambda: vectors(4),
-        "functional",
-        "structured",
     ),
-    case("a parameter as input", lambda: Head(HyperNetwork()), lambda: vectors(4), "functional"),
+    case("a parameter as input", lambda: Head(HyperNetwork()), lambda: vectors(4)),
     case(
         "weight norm",
         lambda: sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))),
         lambda: vectors(4),
-        "functional",
-        "structured",
     ),
-    case(
-        "multi-head attention", lambda: Head(SelfAttention()), lambda: vectors(3, 4), "functional"
-    ),
+    case("multi-head attention", lambda: Head(SelfAttention()), lambda: vectors(3, 4)),
     case(
         "transformer layer",
         lambda: sequential(nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)),
         lambda: vectors(3, 4),
-        "functional",
-        "structured",
     ),
     case(
         "PReLU",
         lambda: sequential(nn.Linear(4, 3), nn.PReLU(3)),
         lambda: vectors(4),
-        "factored",
-        "functional",
     ),
     case(
         "in-place ReLU",
@@ -449,52 +431,42 @@ CASES = [
         "in-place write to a part",
         SlicedInPlace,
         lambda: vectors(4),
-        "factored",
     ),
     case("residual", lambda: sequential(Residual(), Residual()), lambda: vectors(3, 5, 5)),
-    case("sequence first", lambda: Head(SequenceFirst()), lambda: vectors(6, 4), "functional"),
+    case("sequence first", lambda: Head(SequenceFirst()), lambda: vectors(6, 4)),
     case(
         "positions folded into the batch",
         lambda: Head(FoldedPositions()),
         lambda: vectors(6, 4),
-        "functional",
     ),
-    case("tuple of inputs", TwoInputs, lambda: (vectors(4), vectors(2)), "factored", "functional"),
+    case("tuple of inputs", TwoInputs, lambda: (vectors(4), vectors(2))),
     case(
         "dict of inputs",
         TwoInputs,
         lambda: {"right": vectors(2), "left": vectors(4)},
-        "factored",
-        "functional",
     ),
     case(
         "an autograd function of its own",
         lambda: Head(OwnFunction(also_a_layer=False)),
         lambda: vectors(4),
-        "factored",
-        "functional",
+        "body.weight",
     ),
     case(
         "a layer's weight in a function of its own",
         lambda: Head(OwnFunction(also_a_layer=True)),
         lambda: vectors(4),
-        "structured",
-        "functional",
+        "body.linear.weight",
     ),
-    case("activation checkpoints", lambda: Head(Checkpointed()), lambda: vectors(4), "factored"),
+    case("activation checkpoints", lambda: Head(Checkpointed()), lambda: vectors(4)),
     case(
         "ResNet-20",
         lambda: resnet20((3, 8, 8), CLASSES, normalisation="batch"),
         lambda: vectors(3, 8, 8),
-        "structured",
-        "factored",
     ),
     case(
         "ResNet-20 as in the paper",
         lambda: resnet20((3, 8, 8), CLASSES),
         lambda: vectors(3, 8, 8),
-        "structured",
-        "factored",
     ),
 ]
 
@@ -554,14 +526,70 @@ def test_cosines_are_those_of_autograd(case, precision):
 
 @uneven_padding
 @every_case
-def test_the_cheapest_rule_is_taken(case):
-    """Linear layers with one position are factored; torch.func gets only what has no rule."""
+def test_no_more_than_needed_goes_through_torch_func(case):
+    """What has a rule goes by it; torch.func gets the rest, and nothing is left to loops."""
     model, inputs = away_from_initial_values(case.model()), case.inputs()
     recipe = PerExampleGradients(model, "cross_entropy", (inputs, classes())).recipe
 
-    taken = {kind for kind in ("factored", "structured", "functional") if getattr(recipe, kind)}
-    assert taken == case.rules
+    assert set(recipe.functional) == case.functional
     assert recipe.one_by_one == recipe.unused == ()
+
+
+@uneven_padding
+@every_case
+def test_the_form_of_the_gradients_does_not_matter(case):
+    """Every weight that can be kept as factors gives the same cosines as factors."""
+    model, inputs = away_from_initial_values(case.model()), case.inputs()
+    expected = reference.cosine_matrix(model, reference.cross_entropy, inputs, classes())
+
+    gradients = PerExampleGradients(model, "cross_entropy", (inputs, classes()))
+    for chosen in ((), tuple(gradients.recipe.layers)):
+        rows = gradients.with_factored(chosen).rows(inputs, classes())
+        assert len(rows.factors) == len(chosen)
+        assert abs(cosine(rows, rows) - expected).max() <= COSINE["float32"]
+
+
+class TestTheCheapestForm:
+    """Factors cost a pair T²(d + p) multiply-adds, the product of gradients d·p."""
+
+    def recipe(self, model, inputs):
+        return PerExampleGradients(model, "cross_entropy", (inputs, classes())).recipe
+
+    def test_one_position(self):
+        """Wide layers that see one position are kept as factors, narrow ones are not."""
+        model = nn.Sequential(nn.Linear(500, 40), nn.Tanh(), nn.Linear(40, CLASSES))
+
+        assert self.recipe(model, vectors(500)).factored == ("0.weight",)
+
+    @pytest.mark.parametrize(("positions", "kept"), [(4, True), (64, False)])
+    def test_many_positions(self, positions, kept):
+        """The more positions share a weight, the dearer are its factors."""
+        recipe = self.recipe(sequential(nn.Linear(400, 400)), vectors(positions, 400))
+
+        assert recipe.layers["body.0.weight"].positions == positions
+        assert bool(recipe.factored) == kept
+
+    def test_a_small_image(self):
+        """A convolution with few positions has factors too: its patches."""
+        model = sequential(nn.Conv2d(256, 256, 3, padding=1))
+
+        assert self.recipe(model, vectors(256, 2, 2)).factored == ("body.0.weight",)
+        assert self.recipe(model, vectors(256, 16, 16)).factored == ()
+
+    def test_an_embedding_of_many_words(self):
+        """Two texts share few words: the rows of a large vocabulary are never laid out."""
+        model = sequential(nn.Embedding(5000, 16), nn.Linear(16, 2))
+        recipe = self.recipe(model, tokens(8))
+
+        assert recipe.factored == ("body.0.weight",)
+
+    def test_a_bias_goes_with_its_weight(self):
+        """A bias that a weight's uses alone take is a last input of 1."""
+        model = nn.Sequential(nn.Linear(500, 40), nn.Tanh(), nn.Linear(40, CLASSES))
+        recipe = self.recipe(model, vectors(500))
+
+        assert recipe.factored_parameters == {"0.weight", "0.bias"}
+        assert recipe.structured == ("2.weight", "2.bias")
 
 
 def test_wide_linear_layers_are_never_materialised():
@@ -598,14 +626,6 @@ def test_what_has_no_rule_goes_one_at_a_time_and_says_so(kind):
         (warning,) = caught
         assert "body.recurrent" in str(warning.message)
         assert "one example at a time" in str(warning.message)
-
-
-def test_lstm_warns():
-    """An LSTM has no rule, and torch.func cannot batch its kernel: one example at a time."""
-    with pytest.warns(UserWarning, match=r"body\.recurrent\).*one example at a time"):
-        PerExampleGradients(
-            Head(Recurrent(nn.LSTM)), "cross_entropy", (torch.randn(3, 4, 4), classes()[:3])
-        )
 
 
 def test_grouped_convolution_is_not_averaged_over_its_groups():

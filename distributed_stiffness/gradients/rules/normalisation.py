@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distributed_stiffness.gradients.rules.rule import Call, Rule
+from distributed_stiffness.gradients.rules.rule import Call, Rule, Seen
 
 
 class _Affine(Rule):
@@ -22,8 +22,9 @@ class _Affine(Rule):
     arguments: tuple[str, ...]
     channels_first = True  # w has one element a channel (dim 1); else it spans the last dims
 
-    def parse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        named = dict(zip(self.arguments, args, strict=False)) | kwargs
+    def parse(self, seen: Seen) -> Call | None:
+        """Take apart a call by the names of its arguments."""
+        named = seen.named(self.arguments)
         if not self.covers(named):
             return None
         roles = {role: named[role] for role in ("weight", "bias") if named.get(role) is not None}
@@ -69,7 +70,9 @@ class BatchNorm(_Affine):
     def normalised(self, call: Call) -> Tensor:
         """Return (x − running mean) / sqrt(running variance + eps)."""
         s = call.settings
-        return F.batch_norm(call.input, s["running_mean"], s["running_var"], eps=s.get("eps", 1e-5))
+        return F.batch_norm(
+            _input(call), s["running_mean"], s["running_var"], eps=s.get("eps", 1e-5)
+        )
 
 
 class LayerNorm(_Affine):
@@ -78,6 +81,7 @@ class LayerNorm(_Affine):
     name = "layer_norm"
     arguments: tuple[str, ...] = ("input", "normalized_shape", "weight", "bias", "eps")
     channels_first = False
+    any_leading = True
 
     def covers(self, named: dict[str, Any]) -> bool:
         """The first dimension must stay the examples'."""
@@ -86,7 +90,7 @@ class LayerNorm(_Affine):
     def normalised(self, call: Call) -> Tensor:
         """Return the input with mean 0 and variance 1 over the last dimensions."""
         s = call.settings
-        return F.layer_norm(call.input, s["normalized_shape"], eps=s.get("eps", 1e-5))
+        return F.layer_norm(_input(call), s["normalized_shape"], eps=s.get("eps", 1e-5))
 
 
 class RMSNorm(LayerNorm):
@@ -98,7 +102,7 @@ class RMSNorm(LayerNorm):
     def normalised(self, call: Call) -> Tensor:
         """Return the input divided by its root mean square."""
         s = call.settings
-        return F.rms_norm(call.input, s["normalized_shape"], eps=s.get("eps"))
+        return F.rms_norm(_input(call), s["normalized_shape"], eps=s.get("eps"))
 
 
 class GroupNorm(_Affine):
@@ -110,11 +114,11 @@ class GroupNorm(_Affine):
     def normalised(self, call: Call) -> Tensor:
         """Return the input normalised in groups of channels."""
         s = call.settings
-        return F.group_norm(call.input, s["num_groups"], eps=s.get("eps", 1e-5))
+        return F.group_norm(_input(call), s["num_groups"], eps=s.get("eps", 1e-5))
 
 
 class InstanceNorm(_Affine):
-    """Instance normalisation with each example's own statistics."""
+    """Instance normalisation, with each example's own statistics or the running ones."""
 
     name = "instance_norm"
     arguments = (
@@ -129,11 +133,21 @@ class InstanceNorm(_Affine):
     )
 
     def covers(self, named: dict[str, Any]) -> bool:
-        """Running statistics go through another kernel: torch.func does those."""
-        return bool(named.get("use_input_stats", True) and named["input"].dim() >= 3)
+        """Statistics are over the positions of a channel."""
+        return bool(named["input"].dim() >= 3)
 
     def normalised(self, call: Call) -> Tensor:
-        """Return each channel of each example with mean 0 and variance 1."""
+        """Return each channel of each example with mean 0 and variance 1, or as in training."""
+        s = call.settings
+        if not s.get("use_input_stats", True):
+            return F.batch_norm(
+                _input(call), s["running_mean"], s["running_var"], eps=s.get("eps", 1e-5)
+            )
         return torch.instance_norm(
-            call.input, None, None, None, None, True, 0.0, call.settings.get("eps", 1e-5), False
+            _input(call), None, None, None, None, True, 0.0, s.get("eps", 1e-5), False
         )
+
+
+def _input(call: Call) -> Tensor:
+    assert call.input is not None
+    return call.input

@@ -1,0 +1,101 @@
+"""Fit a network's gradients into a memory budget: which weights stay factors, how many rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from distributed_stiffness.gradients.batches import Nest
+from distributed_stiffness.gradients.per_example import PerExampleGradients
+from distributed_stiffness.gradients.recipe import Layer
+from distributed_stiffness.plan import ROWS_SHARE, Plan, make_plan
+
+
+def fit(
+    gradients: PerExampleGradients,
+    sample: tuple[Nest, Nest],
+    *,
+    n_examples: int,
+    memory: int,
+    n_checkpoints: int = 1,
+    tile: int | None = None,
+) -> tuple[PerExampleGradients, Plan]:
+    """Choose the form of each weight's gradients for a budget, and plan.
+
+    Args:
+        gradients: with the forms that the pair rule gives.
+        sample: a few examples (inputs, targets).
+        n_examples: N.
+        memory: bytes of a replica.
+        n_checkpoints: matrices wanted.
+        tile: edge of a tile; None chooses.
+
+    Raises:
+        StudyError: the budget does not hold even the smallest block.
+    """
+    row_bytes, making_bytes = gradients.bytes_per_example(*sample)
+    recipe, itemsize = gradients.recipe, gradients.precision.rows.itemsize
+    chosen = choose_factored(
+        recipe.layers,
+        recipe.factored,
+        n_examples=n_examples,
+        row_numbers=row_bytes // itemsize,
+        room=int(ROWS_SHARE * memory) // itemsize,
+    )
+    if chosen != recipe.factored:
+        gradients = gradients.with_factored(chosen)
+        row_bytes, making_bytes = gradients.bytes_per_example(*sample)
+    plan = make_plan(
+        n_examples=n_examples,
+        n_checkpoints=n_checkpoints,
+        row_bytes=row_bytes,
+        making_bytes=making_bytes,
+        memory=memory,
+        tile=tile,
+        factored=chosen,
+    )
+    return gradients, plan
+
+
+def choose_factored(
+    layers: Mapping[str, Layer],
+    factored: tuple[str, ...],
+    *,
+    n_examples: int,
+    row_numbers: int,
+    room: int,
+) -> tuple[str, ...]:
+    """Choose the weights that are kept as factors, by counted multiply-adds of the whole matrix.
+
+    Where a budget does not hold all rows, gradients are made (K + 1)/2 times for K panels. Factors
+    that cost a pair more than the product of rows, but are shorter, can then cost less in all.
+
+    Args:
+        layers: weights that can be kept as factors.
+        factored: those whose pairs cost less that way.
+        n_examples: N.
+        row_numbers: numbers in a row as it is with `factored`.
+        room: numbers that may be held.
+    """
+    passes = 2 * sum(layer.making_work for layer in layers.values())
+
+    def work(kept: frozenset[str]) -> float:
+        numbers = row_numbers
+        pair = making = 0
+        for weight, layer in layers.items():
+            if weight in kept:
+                pair += layer.factored_work
+                numbers += 0 if weight in factored else layer.factored_numbers - layer.numbers
+            else:
+                pair += layer.numbers
+                making += layer.making_work
+        panels = math.ceil(n_examples / max(1, room // max(1, numbers)))
+        return n_examples**2 / 2 * pair + n_examples * (panels + 1) / 2 * (passes + making)
+
+    kept = frozenset(factored)
+    while True:
+        others = [kept | {w} for w, layer in layers.items() if w not in kept and layer.is_shorter]
+        best = min(others, key=work, default=kept)
+        if work(best) >= work(kept):
+            return tuple(weight for weight in layers if weight in kept)
+        kept = best
