@@ -23,8 +23,9 @@ BATCH_SHARE = 0.15
 LARGEST_BLOCK = 2048  # columns streamed at a time; wide enough for any GEMM
 SMALLEST_BLOCK = 8
 SMALLEST_BATCH = 2
-# A pass over more examples than fill these many bytes is not faster, for it leaves the cache.
-BATCH_BYTES = 256 * 2**20
+# A pass over more examples than fill these many bytes, and a few, is not faster on a CPU.
+BATCH_BYTES = 64 * 2**20
+FEW = 32
 LARGEST_PANEL = 4  # row chunks of one task: what is lost with a replica stays small
 
 
@@ -104,6 +105,7 @@ def make_plan(
     memory: int,
     tile: int | None = None,
     factored: Sequence[str] = (),
+    batch_bytes: int = BATCH_BYTES,
 ) -> Plan:
     """Fit batches, blocks and panels into the budget.
 
@@ -115,6 +117,7 @@ def make_plan(
         memory: budget of a replica in bytes.
         tile: edge of a tile; None chooses.
         factored: weights whose gradients are kept as factors.
+        batch_bytes: beyond which a batch is not faster.
 
     Raises:
         StudyError: the budget does not hold even the smallest block, or the tile does not fit.
@@ -133,7 +136,7 @@ def make_plan(
             f" {in_words(needed)}; give --memory {in_words(needed)} or more, or fewer replicas"
         )
     block = min(_power_of_two(block), LARGEST_BLOCK, tile)
-    batch = min(_power_of_two(batch), _power_of_two(max(8, BATCH_BYTES // making_bytes)))
+    batch = min(_power_of_two(batch), _power_of_two(max(FEW, batch_bytes // making_bytes)))
     rows = max(block, int(ROWS_SHARE * memory) // row_bytes)
     panel_rows = rows // tile * tile if rows >= tile else rows // block * block
     return Plan(

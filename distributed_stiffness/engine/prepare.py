@@ -88,7 +88,6 @@ class Prepared:
         training = self.study.training
         _, plan = fit(
             self.gradients,
-            _sample(self.data),
             n_examples=self.data.n_examples,
             n_checkpoints=len(self.study.iterations)
             * len(training.learning_rates)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from distributed_stiffness.gradients.batches import Nest
 from distributed_stiffness.gradients.per_example import PerExampleGradients
 from distributed_stiffness.gradients.recipe import Layer
-from distributed_stiffness.plan import ROWS_SHARE, Plan, make_plan
+from distributed_stiffness.plan import BATCH_BYTES, ROWS_SHARE, Plan, make_plan
+
+# A GPU wants many examples at a time.
+_BATCH_BYTES = {"cpu": BATCH_BYTES, "cuda": 4 * 2**30}
 
 
 def fit(
     gradients: PerExampleGradients,
-    sample: tuple[Nest, Nest],
     *,
     n_examples: int,
     memory: int,
@@ -24,7 +25,6 @@ def fit(
 
     Args:
         gradients: with the forms that the pair rule gives.
-        sample: a few examples (inputs, targets).
         n_examples: N.
         memory: bytes of a replica.
         n_checkpoints: matrices wanted.
@@ -33,7 +33,7 @@ def fit(
     Raises:
         StudyError: the budget does not hold even the smallest block.
     """
-    row_bytes, making_bytes = gradients.bytes_per_example(*sample)
+    row_bytes, making_bytes = gradients.bytes_per_example()
     recipe, itemsize = gradients.recipe, gradients.precision.rows.itemsize
     chosen = choose_factored(
         recipe.layers,
@@ -44,7 +44,7 @@ def fit(
     )
     if chosen != recipe.factored:
         gradients = gradients.with_factored(chosen)
-        row_bytes, making_bytes = gradients.bytes_per_example(*sample)
+        row_bytes, making_bytes = gradients.bytes_per_example()
     plan = make_plan(
         n_examples=n_examples,
         n_checkpoints=n_checkpoints,
@@ -53,6 +53,7 @@ def fit(
         memory=memory,
         tile=tile,
         factored=chosen,
+        batch_bytes=_BATCH_BYTES[gradients.device.type],
     )
     return gradients, plan
 

@@ -22,8 +22,9 @@ from distributed_stiffness.tiling import pieces
 
 # Products of positions with positions are made for so many pairs that they stay in the cache.
 _PRODUCTS_IN_CACHE = {"cpu": 2**20, "cuda": 2**26}
-# Rows of one product of a block with itself: what lies below the diagonal is not made.
-_SYMMETRIC_BLOCK = {"cpu": 256, "cuda": 1024}
+# Up to so many rows a block is multiplied with itself whole; a larger one is halved, and what lies
+# below the diagonal is not made.
+_SYMMETRIC_LEAF = {"cpu": 160, "cuda": 1024}
 # Rows within this size (and its inverse) need no scaling before they are multiplied.
 _SAFE = 1e10
 
@@ -260,15 +261,22 @@ def cosine(rows: Rows, columns: Rows, precision: Precision = FLOAT32) -> Tensor:
     """
     if rows is not columns:
         return _cosine(rows, columns, precision).clamp_(-1.0, 1.0)
-    n, size = len(rows), _SYMMETRIC_BLOCK[_kind(rows.norm)]
-    result = torch.empty(n, n, device=rows.norm.device)
-    for start in range(0, n, size):
-        block = slice(start, min(start + size, n))
-        part = _cosine(rows[: block.stop], rows[block], precision)
-        result[: block.stop, block] = part
-        result[block, : block.stop] = part.T
+    result = torch.empty(len(rows), len(rows), device=rows.norm.device)
+    _upper_triangle(rows, result, precision)
     # A product of rows with themselves need not be symmetric to the last bit.
     return result.triu_().add_(result.triu(1).T).clamp_(-1.0, 1.0)
+
+
+def _upper_triangle(rows: Rows, result: Tensor, precision: Precision) -> None:
+    """Fill the upper triangle in large squares, which run faster than narrow strips."""
+    n = len(rows)
+    if n <= _SYMMETRIC_LEAF[_kind(rows.norm)]:
+        result.copy_(_cosine(rows, rows, precision))
+        return
+    first, second = slice(0, n // 2), slice(n // 2, n)
+    _upper_triangle(rows[first], result[first, first], precision)
+    _upper_triangle(rows[second], result[second, second], precision)
+    result[first, second] = _cosine(rows[first], rows[second], precision)
 
 
 def _cosine(rows: Rows, columns: Rows, precision: Precision) -> Tensor:

@@ -43,12 +43,13 @@ def cosine_matrix(
     parameters: Sequence[str] | None = None,
     precision: str = "float32",
     memory: int | None = None,
+    check: bool = True,
     progress: bool = False,
 ) -> xr.DataArray:
     """Return cos(g_i, g_j) of the loss gradients of all pairs (Fort et al. 2019).
 
     Eight examples are first compared with one-example float64 autograd, in another order and other
-    company; at the end a sample of pairs is, which gives the error bound.
+    company; at the end a sample of pairs is, which gives the error bound (`check`).
 
     Args:
         model: in evaluation mode.
@@ -60,11 +61,12 @@ def cosine_matrix(
         parameters: glob patterns of parameter names; None takes all that require gradients.
         precision: "float32", "float64", "bf16", "bf16x3" or "tf32" (gradients/precision.py).
         memory: bytes that gradients may take; None takes half of what is free.
+        check: whether to compare eight examples and a sample of pairs with float64 autograd.
         progress: whether to show a bar.
 
     Returns:
         Dims (example, other), float32 in [−1, 1]; 0 where a gradient is 0. Attributes:
-        `parameters` (names), and, without `others`, `error_bound` and `undecided_signs` (pairs
+        `parameters` (names), and, with `check` and without `others`, `error_bound` and `undecided_signs` (pairs
         i < j with |cosine| below it).
 
     Raises:
@@ -79,10 +81,10 @@ def cosine_matrix(
         >>> cosine_matrix(net, "cross_entropy", (x, y)).shape
         (3, 3)
     """
-    work = _work(model, loss, examples, others, parameters, precision, memory)
+    work = _work(model, loss, examples, others, parameters, precision, memory, check)
     (values,), _ = work.matrices(progress=progress)
     attrs: dict[str, Any] = {"parameters": list(work.gradients.parameters)}
-    if others is None and len(values) > 1:
+    if check and others is None and len(values) > 1:
         attrs |= work.bound(values)
     return _labelled(values, "cosine of two loss gradients", attrs)
 
@@ -96,10 +98,11 @@ def gram_matrix(
     parameters: Sequence[str] | None = None,
     precision: str = "float32",
     memory: int | None = None,
+    check: bool = True,
     progress: bool = False,
 ) -> xr.DataArray:
     """Return g_i·g_j of all pairs, dims (example, other), float64; arguments as `cosine_matrix`."""
-    work = _work(model, loss, examples, others, parameters, precision, memory)
+    work = _work(model, loss, examples, others, parameters, precision, memory, check)
     (values,), ((rows, columns),) = work.matrices(progress=progress)
     products = values.astype(np.float64)
     products *= rows[:, None]
@@ -121,6 +124,7 @@ def layer_cosines(
     parameters: Sequence[str] | None = None,
     precision: str = "float32",
     memory: int | None = None,
+    check: bool = True,
     progress: bool = False,
 ) -> xr.DataArray:
     """Return one cosine matrix for each group of parameters, all from the same passes.
@@ -135,6 +139,7 @@ def layer_cosines(
         parameters: see there; groups are made of these.
         precision: see there.
         memory: see there.
+        check: see there.
         progress: see there.
 
     Returns:
@@ -144,7 +149,7 @@ def layer_cosines(
     Raises:
         ModelError: a group has no parameter; else as `cosine_matrix`.
     """
-    work = _work(model, loss, examples, others, parameters, precision, memory)
+    work = _work(model, loss, examples, others, parameters, precision, memory, check)
     chosen = _groups(tuple(work.gradients.parameters), groups)
     recipes = [work.gradients.recipe.restricted(names) for names in chosen.values()]
     values, _ = work.matrices(recipes, progress=progress)
@@ -162,9 +167,10 @@ def gradient_norms(
     parameters: Sequence[str] | None = None,
     precision: str = "float32",
     memory: int | None = None,
+    check: bool = True,
 ) -> xr.DataArray:
     """Return ‖g_i‖ at true scale, dims (example,), float64; arguments as `cosine_matrix`."""
-    work = _work(model, loss, examples, None, parameters, precision, memory)
+    work = _work(model, loss, examples, None, parameters, precision, memory, check)
     n = count_examples(work.examples[0])
     norms = [
         work.gradients.rows(*take(work.examples, batch)).norm.cpu() for batch in work.batches(n)
@@ -357,14 +363,16 @@ def _work(
     parameters: Sequence[str] | None,
     precision: str,
     memory: int | None,
+    check: bool,
 ) -> _Work:
     rows = pair(examples)
     columns = None if others is None else pair(others)
     few = take(rows, slice(EXAMPLES))
     gradients = PerExampleGradients(model, loss, few, parameters=parameters, precision=precision)
-    self_check(model, loss, *few, parameters=parameters)
+    if check:
+        self_check(model, loss, *few, parameters=parameters)
     gradients, plan = fit(
-        gradients, few, n_examples=count_examples(rows[0]), memory=memory or _free_memory()
+        gradients, n_examples=count_examples(rows[0]), memory=memory or _free_memory()
     )
     return _Work(gradients, loss, rows, columns, plan)
 

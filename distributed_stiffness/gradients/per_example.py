@@ -85,17 +85,21 @@ class PerExampleGradients:
         factored: Collection[str] | None = None,
     ) -> None:
         refuse_dependence(model)
+        _keep_freed_memory()
         in_play = parameters_in_play(model, parameters)
         self.device = next(iter(in_play.values())).device
         self.precision = precision_mode(precision, self.device)
-        self.model = _in_dtype(model, self.precision.network)
         self.loss = double_loss(loss)
+        self._one_at_a_time: set[str] = set()
+        model = _in_dtype(model, self.precision.network)
+        self.model, self._image_format = model, torch.contiguous_format
+        if self.device.type == "cpu" and _has_convolutions(model):
+            self.model, self._image_format = _channels_last(model, sample[0])
         self.parameters = parameters_in_play(self.model, parameters)
         self._constants = [
             p for name, p in self.model.named_parameters() if name not in self.parameters
         ]
         self._network = _network(self.model, self.loss)
-        self._one_at_a_time: set[str] = set()
         self.recipe = self._read_recipe(*sample)
         if factored is not None:
             self.recipe = self.recipe.with_factored(factored)
@@ -111,30 +115,22 @@ class PerExampleGradients:
         changed.recipe = self.recipe.with_factored(weights)
         return changed
 
-    def bytes_per_example(self, inputs: Nest, targets: Nest) -> tuple[int, int]:
+    def bytes_per_example(self) -> tuple[int, int]:
         """Return what one example takes: its row as it is held, and while it is being made.
 
         A pass keeps every captured input and output with its gradient, about twice over for what
         lies between the captured calls.
         """
-        rows = self.rows(inputs, targets)
-        row = -(-rows.nbytes() // len(rows))
-        capture, _ = self._forward(
-            self._prepared(inputs), self._on_device(targets), self.recipe.copying
-        )
-        itemsize = self.precision.network.itemsize
-        captured = sum(
-            (0 if use.call.input is None else use.call.input.nbytes)
-            + 2 * use.output_shape.numel() * itemsize
-            for use in capture.uses
-        )
+        recipe, itemsize = self.recipe, self.precision.network.itemsize
+        dense = sum(self.parameters[name].numel() for name in recipe.dense)
+        factors = sum(recipe.layers[weight].factored_numbers for weight in recipe.factored)
+        making = 2 * recipe.captured_numbers * itemsize
         if self.precision.network != self.precision.rows:
-            dense = sum(self.parameters[name].numel() for name in self.recipe.dense)
-            captured += len(rows) * dense * itemsize // 2
-        wanted = [*self.recipe.functional, *self.recipe.one_by_one]
-        captured += len(rows) * itemsize * sum(self.parameters[n].numel() for n in wanted)
+            making += dense * itemsize  # before it is cast
+        whole = (*recipe.functional, *recipe.one_by_one)
+        making += 2 * itemsize * sum(self.parameters[name].numel() for name in whole)
         # At least 1: where no parameter is used a row is empty.
-        return max(1, row), max(1, 2 * captured // len(rows))
+        return max(1, (dense + factors) * self.precision.rows.itemsize), max(1, making)
 
     def rows(self, inputs: Nest, targets: Nest, into: Rows | None = None) -> Rows:
         """Return the unit gradients of a block of examples, with their norms and losses.
@@ -202,7 +198,10 @@ class PerExampleGradients:
     # One pass
 
     def _prepared(self, inputs: Nest) -> Nest:
-        return prepare(inputs, self.precision.network, self.device)
+        prepared = prepare(inputs, self.precision.network, self.device)
+        if self._image_format == torch.contiguous_format:
+            return prepared
+        return map_tensors(_channels_last_image, prepared)
 
     def _on_device(self, targets: Nest) -> Nest:
         return map_tensors(lambda t: t.to(self.device), targets)
@@ -499,12 +498,29 @@ def _in_memory_order(part: Tensor) -> Tensor:
 def _squares(part: Tensor) -> Tensor:
     """Return the sum of squares of each row, (n,) float64."""
     if part.dtype == torch.float32 and not part.is_cuda and part.numel():
-        # Several times as fast as a float64 norm, which copies; short sums keep the digits.
-        square: Tensor = part.square().sum(1)
+        # Several times as fast as one float64 norm, which copies; short sums keep the digits.
+        length = _divisor(part.shape[1])
+        norms: Tensor = torch.linalg.vector_norm(part.unflatten(1, (-1, length)), dim=2)
+        square = norms.double().square().sum(1)
         if _SQUARES[0] < float(square.min()) and float(square.max()) < _SQUARES[1]:
-            return square.double()
-    norms: Tensor = torch.linalg.vector_norm(part, dim=1, dtype=torch.float64)
-    return norms.square()
+            return square
+    norm: Tensor = torch.linalg.vector_norm(part, dim=1, dtype=torch.float64)
+    return norm.square()
+
+
+@functools.cache
+def _divisor(n: int, most: int = 1024) -> int:
+    """Return the largest divisor of n that is at most `most`."""
+    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
+
+
+def _keep_freed_memory() -> None:
+    """Let the allocator keep what a pass frees for the next one.
+
+    glibc gives memory back to the kernel, page by page, unless a process has freed a large piece
+    once: then it keeps pieces of up to that size. A fifth of a pass's time, where pages are dear.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def _require_examples_first(outputs: Nest, n: int) -> None:
@@ -578,6 +594,30 @@ def _dropout_share(module: nn.Module) -> float:
     if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
         return float(module.dropout)
     return 0.0
+
+
+def _has_convolutions(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in model.modules())
+
+
+def _channels_last(model: nn.Module, inputs: Nest) -> tuple[nn.Module, torch.memory_format]:
+    """Return a copy that keeps channels last in memory, which a CPU's convolutions like.
+
+    The model itself where it takes images that lie channel by channel alone (`view`), or cannot be
+    copied.
+    """
+    try:
+        copied = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        args, kwargs = arguments(map_tensors(_channels_last_image, take(inputs, slice(3))))
+        with torch.no_grad():
+            copied(*args, **kwargs)
+    except Exception:  # whatever a network's own code raises
+        return model, torch.contiguous_format
+    return copied, torch.channels_last
+
+
+def _channels_last_image(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -85,6 +85,7 @@ class Recipe:
     through: Mapping[str, tuple[str, ...]]  # parameter -> tensors made of it that calls take
     copying: frozenset[int]  # numbers of calls that copy a source for each example
     layouts: Mapping[int, Layout]  # number of a use -> where the examples stand, unless first
+    captured_numbers: int  # inputs, outputs and gradients of all uses, for one example
 
     @property
     def dense(self) -> tuple[str, ...]:
@@ -183,9 +184,11 @@ def read_recipe(
         parameters: in play.
         split_functional: tells which of some parameters torch.func can differentiate.
     """
-    copying = _copying(run(2, ()).capture, run(3, ()).capture)
-    small, whole = run(2, copying).capture, run(3, copying)
-    capture = whole.capture
+    two, whole = run(2, ()), run(3, ())
+    copying = _copying(two.capture, whole.capture)
+    if copying:
+        two, whole = run(2, copying), run(3, copying)
+    small, capture = two.capture, whole.capture
     why = small.unstructured | capture.unstructured
     for name in hidden_uses(whole.outputs, capture):
         why.setdefault(name, "a call that torch does not show")
@@ -200,7 +203,7 @@ def read_recipe(
         for i, use in enumerate(capture.uses)
         if use.number in fitting
     }
-    return _sort_parameters(capture, why, layouts, copying, parameters, split_functional)
+    return _sort_parameters(whole, why, layouts, copying, parameters, split_functional)
 
 
 def _copying(two: Capture, three: Capture) -> frozenset[int]:
@@ -260,13 +263,14 @@ def _choose(fitting: list[Layout], grads: Sequence[Tensor | None]) -> Layout:
 
 
 def _sort_parameters(
-    capture: Capture,
+    whole: Pass,
     why: dict[str, str],
     layouts: Mapping[int, Layout],
     copying: frozenset[int],
     parameters: Mapping[str, Tensor],
     split_functional: Callable[[tuple[str, ...]], tuple[tuple[str, ...], tuple[str, ...]]],
 ) -> Recipe:
+    capture, n = whole.capture, whole.n
     uses = [replace(use, layout=layouts.get(use.number, Layout())) for use in capture.uses]
     count = Counter(name for use in uses for name in use.names.values())
     # What cannot be done for a tensor made of parameters cannot be done for those.
@@ -296,8 +300,13 @@ def _sort_parameters(
         through={name: tuple(found) for name, found in through.items()},
         copying=copying,
         layouts={k: v for k, v in layouts.items() if not v.plain},
+        captured_numbers=sum(_numbers(use) for use in uses) // n,
     )
     return recipe.with_factored([w for w, layer in layers.items() if layer.factors_are_cheaper])
+
+
+def _numbers(use: Use) -> int:
+    return (0 if use.call.input is None else use.call.input.numel()) + 2 * use.output_shape.numel()
 
 
 def _rule_names(

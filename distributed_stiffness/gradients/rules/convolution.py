@@ -1,9 +1,10 @@
-"""Convolutions: the weight gradient of each example, by the faster of two exact ways.
+"""Convolutions: ∂L/∂W = Σ_t D_t ⊗ patch_t over the output positions t, for every example at once.
 
-For an example with T output positions ∂L/∂W = Σ_t D_t ⊗ patch_t. Either the patches are laid out,
-channels last, and multiplied in one batched product; or N examples are made N groups of one grouped
-convolution, whose own weight-gradient kernel yields all N. Any stride, dilation, padding, number of
-groups; a transposed convolution is the same with input and D changed over.
+Patches are laid out with channels last and multiplied in one batched product. Where the first
+dimension of the kernel moves by one place, only its other dimensions are laid out: its own steps
+are products with the same matrix, begun some rows further down, so that a k×k kernel copies its
+input k times and not k². Any stride, dilation, padding, number of groups; a transposed convolution
+is the same with input and D changed over.
 """
 
 from __future__ import annotations
@@ -21,11 +22,10 @@ from distributed_stiffness.gradients.rules.rule import Call, Positions, Rule, Se
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
-# On a CPU the grouped convolution wins where images are large, for it copies no patch (k² times
-# the input); patches win below, and where channels are few. Measured over the shapes of ResNet-20
-# and ResNet-18 (docs/design/0004-layers.md). A rule by shape, not by a clock: the same bits again.
-_GROUPED_POSITIONS = 256
-_GROUPED_CHANNELS = 8
+# From so many positions on copying less pays, below it one large product does. Measured over the
+# shapes of ResNet-20 and ResNet-18 (docs/design/0004-layers.md). A rule by shape, not by a clock:
+# the same bits again.
+_POSITIONS_FOR_STEPS = 128
 
 
 class Convolution(Rule):
@@ -64,12 +64,16 @@ class Convolution(Rule):
         if role == "bias":
             return grad_output.flatten(2).sum(2)
         image, D = self._image_and_grad(call, grad_output)
-        by = self._by_patches if self._takes_patches(call, D) else self._by_groups
+        by = self._by_steps if self._takes_steps(call, D) else self._by_patches
         return by(call, image, D)
 
-    def _takes_patches(self, call: Call, D: Tensor) -> bool:
-        few = D.shape[2:].numel() < _GROUPED_POSITIONS
-        return few or D.is_cuda or call.parameters["weight"].shape[1] < _GROUPED_CHANNELS
+    def _takes_steps(self, call: Call, D: Tensor) -> bool:
+        settings = call.settings
+        return (
+            D.shape[2:].numel() >= _POSITIONS_FOR_STEPS
+            and settings["stride"][0] == settings["groups"] == 1
+            and not D.is_cuda
+        )
 
     def covers_positions(self, call: Call) -> bool:
         """Groups would each have positions of their own."""
@@ -83,9 +87,9 @@ class Convolution(Rule):
     def scratch(self, call: Call, grad_output: Tensor) -> int:
         """Patches are copies."""
         image, D = self._image_and_grad(call, grad_output)
-        kernel = call.parameters["weight"].shape[2:].numel()
-        patches = D.shape[2:].numel() * kernel * image.shape[1]
-        return patches if self._takes_patches(call, D) else 0
+        first, *others = call.parameters["weight"].shape[2:]
+        copies = math.prod(others) * (1 if self._takes_steps(call, D) else first)
+        return D.shape[2:].numel() * copies * image.shape[1]
 
     def _image_and_grad(self, call: Call, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the kernel slides over, and what it is multiplied with."""
@@ -103,39 +107,49 @@ class Convolution(Rule):
         grad = torch.matmul(D_NgpT, patches_NgTk)
         return grad.reshape(n, weight.shape[0], *kernel, weight.shape[1]).movedim(-1, 2)
 
-    def _patches(self, call: Call, image: Tensor, D: Tensor) -> Tensor:
-        """Return the part of the image under the kernel at each position: (N, T, *kernel, d)."""
-        settings, kernel = call.settings, call.parameters["weight"].shape[2:]
-        sides = [side for p in reversed(settings["padding"]) for side in (p, p)]
-        padded = F.pad(image.movedim(1, -1), (0, 0, *sides)).contiguous()
-        first, *spatial, last = padded.stride()
+    def _by_steps(self, call: Call, image: Tensor, D: Tensor) -> Tensor:
+        weight = call.parameters["weight"]
+        n, p, kernel = len(D), weight.shape[0], weight.shape[2:]
+        # Positions and patches of everything but the first dimension, of which every line is there.
+        lines = self._padded(call, image).shape[1]
+        patches = self._patches(call, image, D, first=(lines, 1))
+        patches_NTk = patches.reshape(n, -1, math.prod(kernel[1:]) * image.shape[1])
+        D_NpT, width = D.flatten(2), math.prod(D.shape[3:])
+        steps = [step * call.settings["dilation"][0] * width for step in range(kernel[0])]
+        grad = torch.stack(
+            [torch.bmm(D_NpT, patches_NTk[:, at : at + D_NpT.shape[2]]) for at in steps], 1
+        )
+        split = grad.reshape(n, kernel[0], p, *kernel[1:], image.shape[1])
+        return split.movedim(2, 1).movedim(-1, 2)
+
+    def _patches(
+        self, call: Call, image: Tensor, D: Tensor, first: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Return the part of the image under the kernel at each position: (N, T, *kernel, d).
+
+        `first`: positions and kernel size along the first dimension, if not D's and the kernel's.
+        """
+        settings, kernel = call.settings, list(call.parameters["weight"].shape[2:])
+        places = list(D.shape[2:])
+        if first is not None:
+            places[0], kernel[0] = first
+        padded = self._padded(call, image)
+        batch, *spatial, last = padded.stride()
         windows = padded.as_strided(
-            (len(padded), *D.shape[2:], *kernel, padded.shape[-1]),
+            (len(padded), *places, *kernel, padded.shape[-1]),
             (
-                first,
+                batch,
                 *(s * step for s, step in zip(spatial, settings["stride"], strict=True)),
                 *(s * gap for s, gap in zip(spatial, settings["dilation"], strict=True)),
                 last,
             ),
         )
-        return windows.reshape(len(padded), math.prod(D.shape[2:]), *kernel, padded.shape[-1])
+        return windows.reshape(len(padded), math.prod(places), *kernel, padded.shape[-1])
 
-    def _by_groups(self, call: Call, image: Tensor, D: Tensor) -> Tensor:
-        weight, n = call.parameters["weight"], len(D)
-        grad: Tensor = torch.ops.aten.convolution_backward(
-            D.flatten(0, 1).unsqueeze(0),
-            image.flatten(0, 1).unsqueeze(0),
-            weight.detach().new_empty(1).expand(n * weight.shape[0], *weight.shape[1:]),
-            None,
-            call.settings["stride"],
-            call.settings["padding"],
-            call.settings["dilation"],
-            False,
-            [0] * self.spatial_dims,
-            n * call.settings["groups"],
-            [False, True, False],
-        )[1]
-        return grad.reshape(n, *weight.shape)
+    def _padded(self, call: Call, image: Tensor) -> Tensor:
+        """Return the image with its margins, channels last."""
+        sides = [side for p in reversed(call.settings["padding"]) for side in (p, p)]
+        return F.pad(image.movedim(1, -1), (0, 0, *sides)).contiguous()
 
     def _each_dim(self, value: int | Sequence[int]) -> list[int]:
         return [value] * self.spatial_dims if isinstance(value, int) else list(value)
