@@ -108,11 +108,12 @@ def _checked(examples: Any) -> tuple[Nest, Nest]:
         raise ModelError(_expected(examples))
     inputs, targets = examples
     for leaf in pytree.tree_leaves((inputs, targets)):
-        if not isinstance(leaf, Tensor):
+        if leaf is not None and not isinstance(leaf, Tensor):
             raise ModelError(
                 f"examples hold a {type(leaf).__module__}.{type(leaf).__name__}: expected torch"
                 " tensors, N first; torch.from_numpy makes them of arrays"
             )
+    # Targets may be None: a network that returns its loss takes them among its inputs.
     found = [len(t) if t.dim() else 0 for t in tensors(inputs)]
     wanted = [len(t) if t.dim() else 0 for t in tensors(targets)]
     if not found:

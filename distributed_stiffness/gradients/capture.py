@@ -56,13 +56,16 @@ class Use:
     edge: GradientEdge  # of the call's output, as it was before any in-place operation
     version: int  # of the call's input: a later in-place write would spoil what was kept
     output_shape: torch.Size
+    view: tuple[Tensor, int] | None  # the output and its version, where a write would miss the edge
     number: int  # of the call
     layout: Layout = Layout()
 
     @property
     def spoiled(self) -> bool:
-        """Whether the input was written in place after the call."""
-        return self.call.input is not None and self.call.input._version != self.version
+        """Whether a tensor that is still needed was written in place after the call."""
+        return (self.call.input is not None and self.call.input._version != self.version) or (
+            self.view is not None and self.view[0]._version != self.view[1]
+        )
 
     def examples_first(self, grad_output: Tensor) -> tuple[Call, Tensor]:
         """Return the call and the gradient of its output with the examples in front."""
@@ -243,17 +246,30 @@ class Capture(TorchFunctionMode):
         ):
             self._mark(sources, getattr(func, "__name__", str(func)))
             return
+        whole = self._whole(output)
         self.uses.append(
             Use(
                 rule,
                 call.detached(),
                 roles,
-                get_gradient_edge(output),
+                get_gradient_edge(output if whole is None else whole),
                 0 if call.input is None else call.input._version,
                 output.shape,
+                (output.detach(), output._version) if whole is None and output._is_view() else None,
                 number,
             )
         )
+
+    def _whole(self, output: Tensor) -> Tensor | None:
+        """Return the tensor of which `output` is another shape, if it is one.
+
+        `F.linear` on a sequence returns a view. A write into a view changes the history of what is
+        behind it, past the view's own place in the graph.
+        """
+        base = output._base
+        if base is None or id(base) in self._sources or base.numel() != output.numel():
+            return None
+        return base if base.is_contiguous() and output.is_contiguous() else None
 
     def _mark(self, sources: list[Source], why: str) -> None:
         for source in sources:
@@ -266,26 +282,24 @@ def hidden_uses(outputs: Collection[Tensor], capture: Capture) -> Iterator[str]:
     Autograd functions of the network's own and TorchScript run past every `TorchFunctionMode`.
     """
     sources = {name: s.tensor for name, s in capture.derived.items()} | dict(capture.parameters)
-    place = {get_gradient_edge(t)[:2]: name for name, t in sources.items() if t.requires_grad}
+    place = {_edge(t): name for name, t in sources.items() if t.requires_grad}
     captured = Counter(name for use in capture.uses for name in use.names.values())
     found: Counter[str] = Counter()
-    todo = [get_gradient_edge(t)[:2] for t in outputs if t.requires_grad]
+    todo: list[Any] = [_edge(t) for t in outputs if t.requires_grad]
     seen = set()
-    for edge in todo:
+    while todo:
+        edge = todo.pop()
         if edge in place:
             found[place[edge]] += 1
-    nodes = [node for node, nr in todo if (node, nr) not in place]
-    while nodes:
-        node = nodes.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        for edge in node.next_functions:
-            if edge in place:
-                found[place[edge]] += 1
-            elif edge[0] is not None:
-                nodes.append(edge[0])
+        elif edge[0] is not None and edge[0] not in seen:
+            seen.add(edge[0])
+            todo += edge[0].next_functions
     yield from (name for name, times in found.items() if times > captured[name])
+
+
+def _edge(tensor: Tensor) -> tuple[Any, int]:
+    edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
 
 
 def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 Cell = Callable[[Tensor, tuple[Tensor, ...], Tensor, Tensor | None], tuple[Tensor, ...]]
 
@@ -67,9 +68,9 @@ def _one_cell(cell: Cell) -> Callable[..., Any]:
         b_ih: Tensor | None = None,
         b_hh: Tensor | None = None,
     ) -> Any:
-        several = not isinstance(state, Tensor)
-        new = cell(F.linear(x, W_ih, b_ih), tuple(state) if several else (state,), W_hh, b_hh)
-        return new if several else new[0]
+        states = (state,) if isinstance(state, Tensor) else tuple(state)
+        new = cell(F.linear(x, W_ih, b_ih), states, W_hh, b_hh)
+        return new[0] if isinstance(state, Tensor) else new
 
     return run
 
@@ -77,13 +78,8 @@ def _one_cell(cell: Cell) -> Callable[..., Any]:
 def _layers(cell: Cell) -> Callable[..., Any]:
     """`lstm`, `gru` and the like: every layer, direction and step of an unpacked sequence."""
 
-    def run(
-        x: Tensor,
-        state: Tensor | Sequence[Tensor],
-        weights: Sequence[Tensor],
-        *options: Any,
-    ) -> Any:
-        if len(options) != 6 or not isinstance(x, Tensor) or isinstance(weights, Tensor):
+    def run(x: Tensor, state: Any, weights: Tensor | Sequence[Tensor], *options: Any) -> Any:
+        if len(options) != 6 or isinstance(weights, Tensor):
             return NotImplemented  # a packed sequence
         has_biases, n_layers, dropout, train, bidirectional, batch_first = options
         states = [state] if isinstance(state, Tensor) else list(state)
@@ -113,6 +109,25 @@ def _layers(cell: Cell) -> Callable[..., Any]:
         return (output, *(torch.stack(part) for part in zip(*finals, strict=True)))
 
     return run
+
+
+class TakenApart(TorchFunctionMode):
+    """Make every call that can be taken apart in its parts, while the mode is active."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run the parts, or the call."""
+        if func in DECOMPOSITIONS:
+            with self:
+                output = DECOMPOSITIONS[func](*args, **(kwargs or {}))
+            if output is not NotImplemented:
+                return output
+        return func(*args, **(kwargs or {}))
 
 
 DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distributed_stiffness.gradients.batches import Nest
 from distributed_stiffness.gradients.loss_head import Loss

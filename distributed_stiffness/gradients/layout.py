@@ -30,7 +30,7 @@ class Layout:
         if self.fold == 1:
             return X.movedim(self.axis, 0)
         sizes = (-1, self.fold) if self.outside else (self.fold, -1)
-        X = X.unflatten(self.axis, sizes)
+        X = X.reshape(*X.shape[: self.axis], *sizes, *X.shape[self.axis + 1 :])
         return X.movedim(self.axis if self.outside else self.axis + 1, 0)
 
     def beside(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -41,7 +41,7 @@ class Layout:
     def per_example(self, rows: Tensor) -> Tensor:
         """Sum what was computed for every row, (N·fold, …), over the rows of each example."""
         sizes = (-1, self.fold) if self.outside else (self.fold, -1)
-        return rows.unflatten(0, sizes).sum(1 if self.outside else 0)
+        return rows.reshape(*sizes, *rows.shape[1:]).sum(1 if self.outside else 0)
 
 
 def candidates(two: Sequence[int], three: Sequence[int]) -> list[Layout]:

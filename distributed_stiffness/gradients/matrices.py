@@ -333,10 +333,12 @@ class _Work:
     def bound(self, values: np.ndarray) -> dict[str, Any]:
         """Return the error bound of a matrix, and how many of its pairs lie below it."""
         sample = sample_examples(len(values), lambda r, c: values[np.ix_(r, c)], seed=(0,))
+        inputs, targets = take(self.examples, torch.from_numpy(sample.examples))
         bound = error_bound(
             self.gradients.model,
             self.loss,
-            *take(self.examples, torch.from_numpy(sample.examples)),
+            inputs,
+            targets,
             sample.cosines,
             names=list(self.gradients.parameters),
             memory=self.plan.memory,
@@ -350,7 +352,8 @@ class _Work:
         self, examples: tuple[Nest, Nest], recipes: Sequence[Recipe]
     ) -> Callable[[slice], list[Rows]]:
         def batch(rows: slice, into: list[Rows] | None) -> list[Rows]:
-            return self.gradients.rows_by_recipe(*take(examples, rows), recipes, into)
+            inputs, targets = take(examples, rows)
+            return self.gradients.rows_by_recipe(inputs, targets, recipes, into)
 
         return lambda rows: collect(batch, rows, self.plan.batch)
 

@@ -34,11 +34,11 @@ from distributed_stiffness.gradients.batches import (
     tensors,
 )
 from distributed_stiffness.gradients.capture import Capture, Captured, Source
+from distributed_stiffness.gradients.decompositions import TakenApart
 from distributed_stiffness.gradients.gram import Factors, Rows, unit_rows
 from distributed_stiffness.gradients.layout import Layout
 from distributed_stiffness.gradients.loss_head import (
     Loss,
-    LossHead,
     WholeLoss,
     double_loss,
     loss_head,
@@ -154,7 +154,7 @@ class PerExampleGradients:
         """Return rows over the parameters of each recipe, from one pass; see `rows`."""
         with full_float32():
             found = self._by_recipe(self._prepared(inputs), self._on_device(targets))
-            rooms = into or [None] * len(recipes)
+            rooms: Sequence[Rows | None] = into or [None] * len(recipes)
             return [self._rows(found, *both) for both in zip(recipes, rooms, strict=True)]
 
     def _rows(self, found: _Found, recipe: Recipe, into: Rows | None) -> Rows:
@@ -367,7 +367,7 @@ class PerExampleGradients:
 
         # No graph over the parameters that are not asked for; of the attention kernels only the
         # plain one can be batched over examples.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), TakenApart():
             per_example = torch.func.vmap(torch.func.grad(projected), in_dims=(None, 0, 0, 0))
             found = per_example(parameters, done.inputs, done.targets, done.head.directions)
         return {name: found[network.prefix + name] for name in names}
@@ -491,7 +491,7 @@ def _joined(positions: Sequence[Positions]) -> tuple[Tensor, Tensor]:
 
 def _in_memory_order(part: Tensor) -> Tensor:
     """Flatten gradients, (n, *shape), in the order in which they lie: products need no other."""
-    order = sorted(range(1, part.dim()), key=lambda dim: -part.stride(dim))
+    order = sorted(range(1, part.dim()), key=part.stride, reverse=True)
     return part.permute(0, *order).reshape(len(part), -1)
 
 
@@ -500,7 +500,7 @@ def _squares(part: Tensor) -> Tensor:
     if part.dtype == torch.float32 and not part.is_cuda and part.numel():
         # Several times as fast as one float64 norm, which copies; short sums keep the digits.
         length = _divisor(part.shape[1])
-        norms: Tensor = torch.linalg.vector_norm(part.unflatten(1, (-1, length)), dim=2)
+        norms: Tensor = torch.linalg.vector_norm(part.reshape(len(part), -1, length), dim=2)
         square = norms.double().square().sum(1)
         if _SQUARES[0] < float(square.min()) and float(square.max()) < _SQUARES[1]:
             return square

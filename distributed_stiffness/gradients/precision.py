@@ -75,6 +75,7 @@ _MODES = {
     )
 }
 PRECISIONS = tuple(_MODES)
+_CPU_PRODUCTS: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 (not in the stubs)
 
 
 def precision_mode(name: str, device: torch.device | str | None = None) -> Precision:
@@ -107,7 +108,7 @@ def _bf16_product(X_NP: Tensor, Y_MP: Tensor) -> Tensor:
         return product
     # A CPU's product of bfloat16 tensors rounds its sums to bfloat16. float32 tensors that hold
     # bfloat16 numbers go through the same units without a loss, and the sums stay float32.
-    with _switched(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"):
+    with _switched(_CPU_PRODUCTS, "fp32_precision", "bf16"):
         return X_NP.float() @ Y_MP.float().T
 
 

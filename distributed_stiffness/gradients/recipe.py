@@ -153,13 +153,17 @@ class Pass:
             ),
             strict=True,
         )
-        return torch.autograd.grad(
+        found = torch.autograd.grad(
             outputs,
             [use.edge for use in uses],
             grad_outputs=starts,
             allow_unused=True,
             retain_graph=directions is not None,
         )
+        return [
+            None if grad is None else grad.reshape(use.output_shape)
+            for use, grad in zip(uses, found, strict=True)
+        ]
 
     def backward_from(self, example: int) -> Sequence[Tensor | None]:
         """Return the same of one example's loss alone."""
@@ -237,7 +241,7 @@ def _fitting_layouts(
             if not layouts:
                 reason = "examples are not a dimension of its own"
             elif use.spoiled:
-                reason = "its input is overwritten in place"
+                reason = "its input or output is overwritten in place"
         if reason is None:
             fitting[use.number] = layouts
         else:

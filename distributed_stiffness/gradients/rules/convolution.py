@@ -99,10 +99,10 @@ class Convolution(Rule):
     def _by_patches(self, call: Call, image: Tensor, D: Tensor) -> Tensor:
         weight, groups = call.parameters["weight"], call.settings["groups"]
         n, kernel = len(D), weight.shape[2:]
-        D_NgpT = D.flatten(2).unflatten(1, (groups, -1))
+        D_NgpT = D.flatten(2).reshape(n, groups, -1, D.shape[2:].numel())
         patches = self._patches(call, image, D)  # (N, T, kernel, channels)
         if groups > 1:
-            patches = patches.unflatten(-1, (groups, -1)).movedim(-2, 1)
+            patches = patches.reshape(*patches.shape[:-1], groups, -1).movedim(-2, 1)
         patches_NgTk = patches.reshape(n, groups, D_NgpT.shape[-1], -1)
         grad = torch.matmul(D_NgpT, patches_NgTk)
         return grad.reshape(n, weight.shape[0], *kernel, weight.shape[1]).movedim(-1, 2)

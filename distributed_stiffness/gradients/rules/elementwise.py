@@ -55,7 +55,9 @@ class _Elementwise(Rule):
         if repeated:
             grad = grad.sum(repeated)
         weight = call.parameters[role]
-        return call.settings["sign"] * grad.reshape(len(grad), *weight.shape)
+        grad = grad.reshape(len(grad), *weight.shape)
+        sign: float = call.settings["sign"]
+        return grad if sign == 1.0 else sign * grad
 
 
 class Sum(_Elementwise):

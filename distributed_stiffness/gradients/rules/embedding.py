@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,6 +15,12 @@ _ARGUMENTS = (
     "norm_type",
     "scale_grad_by_freq",
     "sparse",
+)
+
+
+_BAG_ARGUMENTS = (
+    *("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode"),
+    *("sparse", "per_sample_weights", "include_last_offset", "padding_idx"),
 )
 
 
@@ -63,9 +67,7 @@ class EmbeddingBag(Rule):
 
     def parse(self, seen: Seen) -> Call | None:
         """Take apart `embedding_bag(input, weight, offsets=None, …, mode="mean", …)`."""
-        arguments = ("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq")
-        arguments += ("mode", "sparse", "per_sample_weights", "include_last_offset", "padding_idx")
-        named = seen.named(arguments)
+        named = seen.named(_BAG_ARGUMENTS)
         weights = named.get("per_sample_weights")
         if (
             named["input"].dim() != 2

@@ -7,8 +7,6 @@ g_i·g_j = Σ_ts (A_it·A_js + 1)(D_it·D_js); see `gram.Factors`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 

@@ -89,7 +89,7 @@ class Rule(ABC):
         it and the call's input have the examples first.
         """
 
-    def covers_positions(self, call: Call) -> bool:
+    def covers_positions(self, call: Call) -> bool:  # noqa: ARG002
         """Whether `positions` says all about the weight's gradient of this call."""
         return self.has_positions
 
@@ -97,7 +97,7 @@ class Rule(ABC):
         """Return the weight's gradient as a sum of outer products."""
         raise NotImplementedError(self.name)
 
-    def scratch(self, call: Call, grad_output: Tensor) -> int:
+    def scratch(self, call: Call, grad_output: Tensor) -> int:  # noqa: ARG002
         """Numbers that one example takes beside its gradient while that is made."""
         return 0
 
