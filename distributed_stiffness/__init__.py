@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distributed_stiffness.engine import Run, run_study
     from distributed_stiffness.gradients import (
+        WholeLoss,
         class_cosine_matrix,
         cosine_matrix,
+        explain,
         gradient_norms,
         gram_matrix,
+        layer_cosines,
     )
     from distributed_stiffness.study import Study
 
@@ -23,19 +26,25 @@ _HOMES = {
     "Run": "engine",
     "run_study": "engine",
     "Study": "study",
+    "WholeLoss": "gradients",
     "class_cosine_matrix": "gradients",
     "cosine_matrix": "gradients",
+    "explain": "gradients",
     "gradient_norms": "gradients",
     "gram_matrix": "gradients",
+    "layer_cosines": "gradients",
 }
 
 __all__ = [
     "Run",
     "Study",
+    "WholeLoss",
     "class_cosine_matrix",
     "cosine_matrix",
+    "explain",
     "gradient_norms",
     "gram_matrix",
+    "layer_cosines",
     "run_study",
 ]
 

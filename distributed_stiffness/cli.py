@@ -97,6 +97,56 @@ def report(
         _say(present(store, folder or beside(store), progress))
 
 
+@app.command()
+def explain(
+    model: Annotated[
+        str,
+        typer.Option(help="fully_connected, cnn, resnet20, resnet18 or package.module:factory."),
+    ] = "fully_connected",
+    model_option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the model; repeatable.")
+    ] = None,
+    input_shape: Annotated[
+        str, typer.Option(help="Of one example, comma-separated, such as 3,32,32.")
+    ] = "1,28,28",
+    classes: Annotated[int, typer.Option(min=1, help="Outputs of the network.")] = 10,
+    examples: Annotated[int, typer.Option(min=1, help="N, of the matrix.")] = 10_000,
+    precision: Annotated[
+        str, typer.Option(help="float32, float64, bf16, bf16x3 or tf32.")
+    ] = "float32",
+    memory: Annotated[
+        str | None, typer.Option(help="Of a replica, such as 4GB; default: half of what is free.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say by which rule each parameter's gradients are made, and what that costs.
+
+    Example: stiffness explain --model resnet20 --input-shape 3,32,32 --classes 100
+    """
+    import torch
+
+    from distributed_stiffness.gradients import explain as explained
+    from distributed_stiffness.models import build, check_outputs
+
+    shape = tuple(_split("--input-shape", input_shape, int))
+    if not shape or min(shape) < 1:
+        raise StudyError(f"--input-shape is {input_shape!r}: expected sizes of 1 or more")
+    network = build(
+        model, input_shape=shape, n_classes=classes, options=_model_options(model_option or [])
+    )
+    inputs = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
+    check_outputs(network, inputs, classes, model)
+    found = explained(
+        network.eval(),
+        "cross_entropy",
+        (inputs, torch.arange(8) % classes),
+        n_examples=examples,
+        precision=precision,
+        memory=_bytes(memory),
+    )
+    typer.echo(json.dumps(found.to_json()) if as_json else str(found))
+
+
 def job(study: Study, *, store: str, description: str | None) -> None:
     """Run a job script: its study's fields are the defaults of the command line."""
     command = typer.Typer(
@@ -181,7 +231,10 @@ def job(study: Study, *, store: str, description: str | None) -> None:
         ] = data.permuted_labels,
         precision: Annotated[
             str,
-            typer.Option(help="float32, or float64: exact on over-fitted nets, slower gradients."),
+            typer.Option(
+                help="float32; float64: exact on over-fitted nets, slower gradients; bf16: products"
+                " several times as fast, coarser; bf16x3 and tf32: on GPUs."
+            ),
         ] = study.gradients.precision,
         tile: Annotated[
             int | None, typer.Option(help="Edge of a tile; default: about 1,000 examples.")

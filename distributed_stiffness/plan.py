@@ -8,7 +8,7 @@ computed twice; with K panels every gradient is made (K + 1)/2 times.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -95,6 +95,11 @@ class Plan:
         """For the store's attributes."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Plan:
+        """Return the plan that a store was begun with."""
+        return cls(**{**stored, "factored": tuple(stored["factored"])})
+
 
 def make_plan(
     *,
@@ -131,9 +136,9 @@ def make_plan(
         )
         needed = _three_digits_up(math.ceil(1.001 * least))
         raise StudyError(
-            f"a memory budget of {in_words(memory)} a replica is too small: {SMALLEST_BLOCK}"
-            f" gradients of this network, and {SMALLEST_BATCH} examples in work, take"
-            f" {in_words(needed)}; give --memory {in_words(needed)} or more, or fewer replicas"
+            f"a memory budget of {in_words(memory)} is too small: {SMALLEST_BLOCK} gradients of"
+            f" this network, or {SMALLEST_BATCH} examples in work, need {in_words(needed)}; give"
+            f" that or more (--memory {in_words(needed)}), or have fewer replicas"
         )
     block = min(_power_of_two(block), LARGEST_BLOCK, tile)
     batch = min(_power_of_two(batch), _power_of_two(max(FEW, batch_bytes // making_bytes)))

@@ -572,7 +572,9 @@ def stored_plan(url: str, plan: Plan) -> Plan:
     """
     if not _is_there(url):
         return plan
-    was = Plan(**{**Store(url).attrs["plan"], "memory": plan.memory})
+    was = Plan.from_json({**Store(url).attrs["plan"], "memory": plan.memory})
     same_matrix = (was.n_examples, was.tile) == (plan.n_examples, plan.tile)
-    fits = was.panel_rows <= plan.panel_rows and was.row_bytes == plan.row_bytes
+    fits = all(
+        getattr(was, name) <= getattr(plan, name) for name in ("panel_rows", "row_bytes", "batch")
+    )
     return was if same_matrix and fits else plan

@@ -22,7 +22,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Option = bool | int | float | str | list[int]
 
 # Raised by one whenever the gradient code can give other numbers for the same study.
-GRADIENT_ENGINE_VERSION = 1
+GRADIENT_ENGINE_VERSION = 2
 
 
 class Frozen(BaseModel):
@@ -114,7 +114,7 @@ class Gradients(Frozen):
     """Which gradients, how exact, in which tiles."""
 
     parameters: tuple[str, ...] | None = None  # glob patterns; None: all that are trained
-    precision: Literal["float32", "float64"] = "float32"
+    precision: Literal["float32", "float64", "bf16", "bf16x3", "tf32"] = "float32"
     tile: Annotated[int, Field(ge=1)] | None = None  # edge of a tile; None: 1,000 or so
 
 

@@ -13,6 +13,7 @@ from distributed_stiffness.engine.job import Job
 from distributed_stiffness.errors import StudyError
 from distributed_stiffness.gradients.budget import fit
 from distributed_stiffness.gradients.per_example import PerExampleGradients
+from distributed_stiffness.gradients.precision import precision_mode
 from distributed_stiffness.gradients.self_check import EXAMPLES, self_check
 from distributed_stiffness.models import check_outputs
 from distributed_stiffness.plan import Plan
@@ -72,7 +73,8 @@ class Prepared:
             StudyError: it does not fit.
             StoreError: the store belongs to another study, or cannot be written.
         """
-        url, plan = self.run.store_url, self._plan(memory)
+        precision_mode(self.study.gradients.precision, device)  # some need a GPU
+        url, plan = self.run.store_url, self._plan(memory, device)
         self.progress.say(plan.describe())
         return Job(
             self.study,
@@ -84,7 +86,7 @@ class Prepared:
             device=device,
         )
 
-    def _plan(self, memory: int) -> Plan:
+    def _plan(self, memory: int, device: str) -> Plan:
         training = self.study.training
         _, plan = fit(
             self.gradients,
@@ -94,6 +96,7 @@ class Prepared:
             * len(training.seeds),
             memory=memory,
             tile=self.study.gradients.tile,
+            device=device,
         )
         return stored_plan(self.run.store_url, plan)
 
@@ -144,7 +147,10 @@ def _checked(study: Study, data: StudyData, progress: Progress) -> PerExampleGra
         study.loss,
         (inputs, targets),
         parameters=study.gradients.parameters,
-        precision=study.gradients.precision,
+        # On this process's CPU; what needs a GPU has rows like float32's.
+        precision="float32"
+        if precision_mode(study.gradients.precision).cuda_only
+        else study.gradients.precision,
     )
 
 

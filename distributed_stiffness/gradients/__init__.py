@@ -1,5 +1,6 @@
 """Per-example gradients and their products, exact for every parameter of any network."""
 
+from distributed_stiffness.gradients.explain import explain
 from distributed_stiffness.gradients.loss_head import WholeLoss
 from distributed_stiffness.gradients.matrices import (
     class_cosine_matrix,
@@ -16,6 +17,7 @@ __all__ = [
     "WholeLoss",
     "class_cosine_matrix",
     "cosine_matrix",
+    "explain",
     "gradient_norms",
     "gram_matrix",
     "layer_cosines",

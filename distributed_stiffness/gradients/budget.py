@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import psutil
+
 from distributed_stiffness.gradients.per_example import PerExampleGradients
 from distributed_stiffness.gradients.recipe import Layer
 from distributed_stiffness.plan import BATCH_BYTES, ROWS_SHARE, Plan, make_plan
@@ -20,6 +22,7 @@ def fit(
     memory: int,
     n_checkpoints: int = 1,
     tile: int | None = None,
+    device: str | None = None,
 ) -> tuple[PerExampleGradients, Plan]:
     """Choose the form of each weight's gradients for a budget, and plan.
 
@@ -29,6 +32,7 @@ def fit(
         memory: bytes of a replica.
         n_checkpoints: matrices wanted.
         tile: edge of a tile; None chooses.
+        device: where the matrix will be made; None: where the network is.
 
     Raises:
         StudyError: the budget does not hold even the smallest block.
@@ -53,9 +57,14 @@ def fit(
         memory=memory,
         tile=tile,
         factored=chosen,
-        batch_bytes=_BATCH_BYTES[gradients.device.type],
+        batch_bytes=_BATCH_BYTES[device or gradients.device.type],
     )
     return gradients, plan
+
+
+def free_memory() -> int:
+    """Return half of what is free, in bytes."""
+    return int(psutil.virtual_memory().available // 2)
 
 
 def choose_factored(

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from distributed_stiffness.gradients.decompositions import DECOMPOSITIONS
-from distributed_stiffness.gradients.layout import Layout
+from distributed_stiffness.gradients.layout import PLAIN, Layout
 from distributed_stiffness.gradients.rules import RULES, Call, Positions, Rule
 from distributed_stiffness.gradients.rules.rule import Seen
 
@@ -58,7 +58,7 @@ class Use:
     output_shape: torch.Size
     view: tuple[Tensor, int] | None  # the output and its version, where a write would miss the edge
     number: int  # of the call
-    layout: Layout = Layout()
+    layout: Layout = PLAIN
 
     @property
     def spoiled(self) -> bool:
@@ -124,7 +124,13 @@ class Captured:
 
     def positions(self) -> Positions:
         """Return the weight's gradient as a sum over positions."""
-        return self.use.rule.positions(self.call, self.grad_output)
+        found = self.use.rule.positions(self.call, self.grad_output)
+        if self._rows == 1:
+            return found
+        # The rule took each row for an example: its positions are more of the example's.
+        layout = self.use.layout
+        left, right = (layout.first(X).flatten(1, 2) for X in (found.left_NTp, found.right_NTd))
+        return Positions(left, right)
 
 
 @dataclass(eq=False)
@@ -168,7 +174,7 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         taken = list(_tensors(args, kwargs))
         sources = [self._sources[id(t)] for t in taken if id(t) in self._sources]
-        if sources and func in DECOMPOSITIONS:
+        if sources and func in DECOMPOSITIONS and not _is_recomputed():
             with self:
                 output = DECOMPOSITIONS[func](*args, **kwargs)
             if output is not NotImplemented:
@@ -314,6 +320,15 @@ def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tenso
 def _is_differentiable(output: Any) -> bool:
     outputs = output if isinstance(output, list | tuple) else (output,)
     return any(isinstance(o, Tensor) and o.requires_grad for o in outputs)
+
+
+def _is_recomputed() -> bool:
+    """Whether activations are checkpointed here.
+
+    The call is then made a second time, in the backward pass and whole, and what both times keep
+    for it must agree.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _writes(func: Callable[..., Any]) -> bool:

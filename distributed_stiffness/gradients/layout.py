@@ -44,6 +44,9 @@ class Layout:
         return rows.reshape(*sizes, *rows.shape[1:]).sum(1 if self.outside else 0)
 
 
+PLAIN = Layout()
+
+
 def candidates(two: Sequence[int], three: Sequence[int]) -> list[Layout]:
     """Return the layouts that fit a tensor's shapes for 2 and for 3 examples; none if none does."""
     if len(two) != len(three):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import xarray as xr
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from distributed_stiffness.gradients.batches import (
     stream,
     take,
 )
-from distributed_stiffness.gradients.budget import fit
+from distributed_stiffness.gradients.budget import fit, free_memory
 from distributed_stiffness.gradients.error_bound import error_bound, sample_examples
 from distributed_stiffness.gradients.gram import Rows, collect, cosine
 from distributed_stiffness.gradients.loss_head import Loss
@@ -66,8 +65,8 @@ def cosine_matrix(
 
     Returns:
         Dims (example, other), float32 in [−1, 1]; 0 where a gradient is 0. Attributes:
-        `parameters` (names), and, with `check` and without `others`, `error_bound` and `undecided_signs` (pairs
-        i < j with |cosine| below it).
+        `parameters` (names), and, with `check` and without `others`, `error_bound` and
+        `undecided_signs` (pairs i < j with |cosine| below it).
 
     Raises:
         GradientError: per-example gradients are not defined or not finite.
@@ -221,7 +220,7 @@ def class_cosine_matrix(
     few = take(first, slice(EXAMPLES))
     gradients = self_check(model, loss, *few, parameters=parameters)
     n_parameters = gradients.n_parameters
-    size = max(1, min(256, (memory or _free_memory()) // (32 * n_parameters)))
+    size = max(1, min(256, (memory or free_memory()) // (32 * n_parameters)))
     sums = torch.zeros(0, n_parameters, dtype=torch.float64)
     counts = torch.zeros(0, dtype=torch.float64)
     of = _Labels(labels)
@@ -375,7 +374,7 @@ def _work(
     if check:
         self_check(model, loss, *few, parameters=parameters)
     gradients, plan = fit(
-        gradients, n_examples=count_examples(rows[0]), memory=memory or _free_memory()
+        gradients, n_examples=count_examples(rows[0]), memory=memory or free_memory()
     )
     return _Work(gradients, loss, rows, columns, plan)
 
@@ -397,10 +396,6 @@ def _groups(
                 f" {', '.join(names)}"
             )
     return chosen
-
-
-def _free_memory() -> int:
-    return int(psutil.virtual_memory().available // 2)
 
 
 def _labelled(

@@ -36,7 +36,7 @@ from distributed_stiffness.gradients.batches import (
 from distributed_stiffness.gradients.capture import Capture, Captured, Source
 from distributed_stiffness.gradients.decompositions import TakenApart
 from distributed_stiffness.gradients.gram import Factors, Rows, unit_rows
-from distributed_stiffness.gradients.layout import Layout
+from distributed_stiffness.gradients.layout import PLAIN
 from distributed_stiffness.gradients.loss_head import (
     Loss,
     WholeLoss,
@@ -100,6 +100,7 @@ class PerExampleGradients:
             p for name, p in self.model.named_parameters() if name not in self.parameters
         ]
         self._network = _network(self.model, self.loss)
+        self._writes_inputs = False
         self.recipe = self._read_recipe(*sample)
         if factored is not None:
             self.recipe = self.recipe.with_factored(factored)
@@ -187,7 +188,9 @@ class PerExampleGradients:
             gradients = {name: self._part(name, found, everything) for name in self.parameters}
         factor = found.done.head.scale
         if unit:
-            norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients.values()]
+            norms = [
+                torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in gradients.values()
+            ]
             length = torch.linalg.vector_norm(torch.stack(norms).double(), dim=0)
             factor = torch.where(length > 0, 1 / length, 0.0)
         return {
@@ -209,7 +212,8 @@ class PerExampleGradients:
     def _forward(
         self, inputs: Nest, targets: Nest, copying: Collection[int]
     ) -> tuple[Capture, Nest]:
-        args, kwargs = self._network.arguments(inputs, targets)
+        given = map_tensors(torch.clone, inputs) if self._writes_inputs else inputs
+        args, kwargs = self._network.arguments(given, targets)
         seen = tensors((args, kwargs))
         with (
             torch.enable_grad(),
@@ -252,7 +256,7 @@ class PerExampleGradients:
                 grad = torch.zeros(
                     use.output_shape, dtype=self.precision.network, device=self.device
                 )
-            placed = replace(use, layout=recipe.layouts.get(use.number, Layout()))
+            placed = replace(use, layout=recipe.layouts.get(use.number, PLAIN))
             one = Captured.of(placed, grad.detach())
             for role, name in use.names.items():
                 captured[name].append((role, one))
@@ -403,7 +407,12 @@ class PerExampleGradients:
         inputs, targets = self._prepared(inputs), self._on_device(targets)
 
         def run(n: int, copying: Collection[int]) -> Pass:
-            return self._pass(take(inputs, slice(n)), take(targets, slice(n)), copying)
+            given = map_tensors(torch.clone, take(inputs, slice(n)))
+            before = [t._version for t in tensors(given)]
+            done = self._pass(given, take(targets, slice(n)), copying)
+            # From now on such a network is given copies.
+            self._writes_inputs |= before != [t._version for t in tensors(given)]
+            return done
 
         if count_examples(inputs) < 3:
             raise GradientError(f"at least 3 examples are needed, got {count_examples(inputs)}")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distributed_stiffness.gradients.batches import Nest
 from distributed_stiffness.gradients.capture import Capture, Captured, Use, hidden_uses
-from distributed_stiffness.gradients.layout import Layout, candidates, choose
+from distributed_stiffness.gradients.layout import PLAIN, Layout, candidates, choose
 from distributed_stiffness.gradients.loss_head import LossHead
 
 # What the sums and products of one element of a tile cost beside the products of rows, in
@@ -85,6 +85,7 @@ class Recipe:
     through: Mapping[str, tuple[str, ...]]  # parameter -> tensors made of it that calls take
     copying: frozenset[int]  # numbers of calls that copy a source for each example
     layouts: Mapping[int, Layout]  # number of a use -> where the examples stand, unless first
+    making_work: Mapping[str, int]  # parameter -> multiply-adds that make it for one example
     captured_numbers: int  # inputs, outputs and gradients of all uses, for one example
 
     @property
@@ -275,7 +276,7 @@ def _sort_parameters(
     split_functional: Callable[[tuple[str, ...]], tuple[tuple[str, ...], tuple[str, ...]]],
 ) -> Recipe:
     capture, n = whole.capture, whole.n
-    uses = [replace(use, layout=layouts.get(use.number, Layout())) for use in capture.uses]
+    uses = [replace(use, layout=layouts.get(use.number, PLAIN)) for use in capture.uses]
     count = Counter(name for use in uses for name in use.names.values())
     # What cannot be done for a tensor made of parameters cannot be done for those.
     for name in [name for name in why if name in capture.derived]:
@@ -291,7 +292,7 @@ def _sort_parameters(
     easy = [name for name in parameters if name not in why]
     used = tuple(name for name in easy if count[name] or name in through)
     layers = _layers(uses, {name for name in used if name not in through}, parameters)
-    rules = {name: rule for name, rule in _rule_names(uses, through, parameters)}
+    rules = dict(_rule_names(uses, through, parameters))
     recipe = Recipe(
         layers=layers,
         factored=(),
@@ -304,6 +305,7 @@ def _sort_parameters(
         through={name: tuple(found) for name, found in through.items()},
         copying=copying,
         layouts={k: v for k, v in layouts.items() if not v.plain},
+        making_work=_making_work(uses, n, through, parameters),
         captured_numbers=sum(_numbers(use) for use in uses) // n,
     )
     return recipe.with_factored([w for w, layer in layers.items() if layer.factors_are_cheaper])
@@ -311,6 +313,23 @@ def _sort_parameters(
 
 def _numbers(use: Use) -> int:
     return (0 if use.call.input is None else use.call.input.numel()) + 2 * use.output_shape.numel()
+
+
+def _making_work(
+    uses: Sequence[Use],
+    n: int,
+    through: Mapping[str, list[str]],
+    parameters: Mapping[str, Tensor],
+) -> dict[str, int]:
+    by_source: Counter[str] = Counter()
+    for use in uses:
+        for role, name in use.names.items():
+            output = use.output_shape
+            by_source[name] += use.rule.making_work(role, use.call, output) // n
+    return {
+        name: by_source[name] + sum(by_source[z] for z in through.get(name, ()))
+        for name in parameters
+    }
 
 
 def _rule_names(

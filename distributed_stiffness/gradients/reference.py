@@ -63,7 +63,8 @@ class Reference:
     ) -> dict[str, Tensor]:
         device = next(iter(self.parameters.values())).device
         example, target = take((inputs, targets), slice(index, index + 1))
-        one = prepare(example, torch.float64, device)
+        # A copy: a network may write into its inputs.
+        one = map_tensors(torch.clone, prepare(example, torch.float64, device))
         target = map_tensors(lambda t: t.to(device), target)
         with torch.enable_grad():
             if isinstance(loss, WholeLoss):

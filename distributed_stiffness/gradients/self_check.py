@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed_stiffness.errors import GradientError, StiffnessError
-from distributed_stiffness.gradients.batches import Nest, count_examples, take, tensors
+from distributed_stiffness.gradients.batches import Nest, count_examples, prepare, take, tensors
 from distributed_stiffness.gradients.gram import cosine
 from distributed_stiffness.gradients.loss_head import Loss
 from distributed_stiffness.gradients.per_example import PerExampleGradients
@@ -63,10 +63,10 @@ def self_check(
             " its gradients cannot be checked"
         ) from error
     reference = Reference(model, loss, list(checked.parameters))
-    dtypes = _FloatingDtypes()
+    dtypes, exact = _FloatingDtypes(), prepare(inputs, torch.float64, checked.device)
     try:
         with dtypes:
-            expected = _stacked(reference.gradient(inputs, targets, i) for i in range(n))
+            expected = _stacked(reference.gradient(exact, targets, i) for i in range(n))
     except (RuntimeError, ValueError) as error:
         raise GradientError(
             f"self-check: the network does not take one example alone ({error}), so that"
@@ -149,7 +149,8 @@ def _stacked(gradients: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _norms(gradients: Mapping[str, Tensor]) -> Tensor:
     """Return the norm of each example's whole gradient; its squares may be below 1e-308."""
-    peak = torch.stack([g.abs().flatten(1).amax(1) for g in gradients.values()]).amax(0)
+    peaks = [g.abs().reshape(len(g), -1).amax(1) for g in gradients.values()]
+    peak = torch.stack(peaks).amax(0)
     parts = torch.stack([_relative(g, peak) for g in gradients.values()])
     norms: Tensor = peak * parts.norm(dim=0)
     return norms

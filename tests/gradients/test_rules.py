@@ -455,7 +455,7 @@ CASES = [
         "a layer's weight in a function of its own",
         lambda: Head(OwnFunction(also_a_layer=True)),
         lambda: vectors(4),
-        "body.linear.weight",
+        "body.weight",
     ),
     case("activation checkpoints", lambda: Head(Checkpointed()), lambda: vectors(4)),
     case(

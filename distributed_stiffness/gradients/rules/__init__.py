@@ -19,7 +19,7 @@ from distributed_stiffness.gradients.rules.normalisation import (
     LayerNorm,
     RMSNorm,
 )
-from distributed_stiffness.gradients.rules.rule import Call, Positions, Rule, Seen
+from distributed_stiffness.gradients.rules.rule import Call, Positions, Rule
 
 _matmul, _addmm = MatMul(), AddMM()
 

@@ -91,6 +91,17 @@ class Convolution(Rule):
         copies = math.prod(others) * (1 if self._takes_steps(call, D) else first)
         return D.shape[2:].numel() * copies * image.shape[1]
 
+    def making_work(self, role: str, call: Call, output: Sequence[int]) -> int:
+        """T·p·d·k an example for the weight."""
+        if role == "bias":
+            return math.prod(output)
+        weight = call.parameters["weight"]
+        return self._places(call, output) * weight.numel()
+
+    def _places(self, call: Call, output: Sequence[int]) -> int:  # noqa: ARG002
+        """Return how often the kernel is laid down, over all examples."""
+        return int(output[0]) * math.prod(output[2:])
+
     def _image_and_grad(self, call: Call, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the kernel slides over, and what it is multiplied with."""
         assert call.input is not None
@@ -166,13 +177,17 @@ class TransposedConvolution(Convolution):
         self.name = f"transposed_convolution{spatial_dims}d"
 
     def parse(self, seen: Seen) -> Call | None:
-        """Take apart `conv_transposeNd(input, weight, bias, stride, padding, output_padding, …)`."""
+        """Take apart `conv_transposeNd(input, weight, bias, stride, padding, …)`."""
         arguments = (*_ARGUMENTS[:5], "output_padding", "groups", "dilation")
         named = _DEFAULTS | seen.named(arguments)
         if named["input"].dim() != self.spatial_dims + 2:
             return None
         settings = {key: self._each_dim(named[key]) for key in ("stride", "padding", "dilation")}
         return Call(named["input"], _roles(named), settings | {"groups": named["groups"]})
+
+    def _places(self, call: Call, output: Sequence[int]) -> int:  # noqa: ARG002
+        assert call.input is not None
+        return super()._places(call, call.input.shape)
 
     def _image_and_grad(self, call: Call, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         assert call.input is not None

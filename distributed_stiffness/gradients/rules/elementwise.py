@@ -148,7 +148,10 @@ class PReLU(_Elementwise):
     name = "prelu"
 
     def operands(
-        self, left: Any, right: Any, seen: Seen
+        self,
+        left: Any,
+        right: Any,
+        seen: Seen,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor | None, float] | None:
         """Return c = min(x, 0)."""
         return right, left.detach().clamp(max=0), 1.0

@@ -7,6 +7,9 @@ g_i·g_j = Σ_ts (A_it·A_js + 1)(D_it·D_js); see `gram.Factors`.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,6 +47,11 @@ class Linear(Rule):
         assert call.input is not None
         D_NTp, A_NTd = each_position(grad_output), each_position(call.input)
         return Positions(D_NTp, A_NTd) if self.grad_is_left else Positions(A_NTd, D_NTp)
+
+    def making_work(self, role: str, call: Call, output: Sequence[int]) -> int:
+        """T·p·d an example for the weight."""
+        each = 1 if role == "bias" else call.parameters["weight"].numel() // int(output[-1])
+        return math.prod(output) * each
 
 
 class MatMul(Linear):

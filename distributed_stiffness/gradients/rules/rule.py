@@ -5,6 +5,7 @@ Axis letters: N examples, T positions that share a weight, d inputs, p outputs.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -96,6 +97,10 @@ class Rule(ABC):
     def positions(self, call: Call, grad_output: Tensor) -> Positions:
         """Return the weight's gradient as a sum of outer products."""
         raise NotImplementedError(self.name)
+
+    def making_work(self, role: str, call: Call, output: Sequence[int]) -> int:  # noqa: ARG002
+        """Multiply-adds of a parameter's gradients, for all examples in an output of this shape."""
+        return math.prod(output)
 
     def scratch(self, call: Call, grad_output: Tensor) -> int:  # noqa: ARG002
         """Numbers that one example takes beside its gradient while that is made."""
