@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import signal
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 import xarray as xr
 from studies import hears_ctrl_c
+
+from distributed_stiffness.cli import main
 
 ROOT = Path(__file__).parents[1]
 JOBS = sorted(path.name for path in (ROOT / "jobs").glob("*.py"))
@@ -48,6 +51,22 @@ def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         code = 0
         try:
             runpy.run_path(script, run_name="__main__")
+        except SystemExit as ending:
+            code = int(ending.code or 0)
+        return Ended(code, *capsys.readouterr())
+
+    return run_here
+
+
+@pytest.fixture
+def stiffness(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run `stiffness WORDS` in this process."""
+
+    def run_here(*words: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["stiffness", *words])
+        code = 0
+        try:
+            main()
         except SystemExit as ending:
             code = int(ending.code or 0)
         return Ended(code, *capsys.readouterr())
@@ -257,3 +276,39 @@ class TestImports:
         ended = run("-W", "error", "-c", program)
 
         assert ended.returncode == 0, ended.stderr
+
+
+class TestExplain:
+    def test_a_table(self, stiffness):
+        """The rule, the work and the share of each layer, without any data."""
+        done = stiffness("explain", "--model", "cnn", "--input-shape", "3,16,16", "--classes", "4")
+
+        assert done.returncode == 0
+        assert "convolution2d" in done.stdout
+        assert "forward and backward pass" in done.stdout
+
+    def test_for_machines(self, stiffness):
+        """--json is one JSON object."""
+        done = stiffness("explain", "--examples", "500", "--json")
+
+        assert json.loads(done.stdout)["n_examples"] == 500
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (("--model", "nope"), "unknown model 'nope'"),
+            (("--input-shape", "3,x"), "--input-shape is '3,x'"),
+            (("--input-shape", "0"), "--input-shape is '0'"),
+            (("--precision", "tf32"), "needs a CUDA device"),
+            (("--precision", "half"), "unknown precision 'half'"),
+            (("--memory", "1KB"), "too small"),
+            (("--model", "cnn", "--input-shape", "5"), "needs images"),
+        ],
+    )
+    def test_mistakes_are_said_in_words(self, stiffness, arguments, said):
+        """Nothing ends in a traceback."""
+        done = stiffness("explain", *arguments)
+
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr

@@ -24,7 +24,7 @@ from distributed_stiffness.tiling import pieces
 _PRODUCTS_IN_CACHE = {"cpu": 2**20, "cuda": 2**26}
 # Up to so many rows a block is multiplied with itself whole; a larger one is halved, and what lies
 # below the diagonal is not made.
-_SYMMETRIC_LEAF = {"cpu": 160, "cuda": 1024}
+_LEAF, _LEAF_CUDA, _LEAF_OF_FACTORS = 128, 1024, 512
 # Short sums that are added up before they meet the total.
 _SUMS = 64
 # Rows within this size (and its inverse) need no scaling before they are multiplied.
@@ -265,53 +265,72 @@ def cosine(rows: Rows, columns: Rows, precision: Precision = FLOAT32) -> Tensor:
 
     Of a block with itself (the same object) only one triangle is computed, and mirrored.
     """
-    if rows is not columns:
-        return _cosine(rows, columns, precision).clamp_(-1.0, 1.0)
-    result = torch.empty(len(rows), len(rows), device=rows.norm.device)
-    _upper_triangle(rows, result, precision)
-    # A product of rows with themselves need not be symmetric to the last bit.
-    return result.triu_().add_(result.triu(1).T).clamp_(-1.0, 1.0)
-
-
-def _upper_triangle(rows: Rows, result: Tensor, precision: Precision) -> None:
-    """Fill the upper triangle in large squares, which run faster than narrow strips."""
-    n = len(rows)
-    if n <= _SYMMETRIC_LEAF[_kind(rows.norm)]:
-        result.copy_(_cosine(rows, rows, precision))
-        return
-    first, second = slice(0, n // 2), slice(n // 2, n)
-    _upper_triangle(rows[first], result[first, first], precision)
-    _upper_triangle(rows[second], result[second, second], precision)
-    result[first, second] = _cosine(rows[first], rows[second], precision)
-
-
-def _cosine(rows: Rows, columns: Rows, precision: Precision) -> Tensor:
     if rows.dense_NP.shape[1]:
         total = folded_product(rows.dense_NP, columns.dense_NP, precision)
         total *= rows.dense_scale_N.unsqueeze(1)
         total *= columns.dense_scale_N
     else:
         total = torch.zeros(len(rows), len(columns), device=rows.norm.device)
-    for f, g in zip(rows.factors, columns.factors, strict=True):
-        total += f.gram(g, precision)
-    return total
+    blocks = _blocks(len(rows), len(columns), _LEAF_OF_FACTORS, symmetric=rows is columns)
+    for above, left in blocks:
+        for f, g in zip(rows.factors, columns.factors, strict=True):
+            total[above, left] += f.take(above).gram(g.take(left), precision)
+    if rows is columns and rows.factors:
+        _mirror(total)
+    return total.clamp_(-1.0, 1.0)
 
 
 def folded_product(X_NP: Tensor, Y_MP: Tensor, precision: Precision = FLOAT32) -> Tensor:
     """X Yᵀ as a sum of products over some elements at a time, (N, M) float32.
 
     A float32 sum over millions of products loses digits that a sum of short sums keeps (3e-7
-    against 1.5e-6 at P = 270,000), and so does a sum of very many short sums.
+    against 1.5e-6 at P = 270,000), and so does a sum of very many short sums. Of X with itself (the
+    same object) one triangle is computed, and mirrored.
     """
-    fold = precision.fold(X_NP)
+    fold, symmetric = precision.fold(X_NP), X_NP is Y_MP
+    leaf = _LEAF_CUDA if X_NP.is_cuda else _LEAF
+    blocks = list(_blocks(len(X_NP), len(Y_MP), leaf, symmetric=symmetric))
     total = torch.zeros(len(X_NP), len(Y_MP), device=X_NP.device)
     for sums in pieces(slice(0, X_NP.shape[1]), fold * _SUMS):
         some = total if sums.start == 0 else torch.zeros_like(total)
         for part in pieces(sums, fold):
-            some += precision.product(X_NP[:, part], Y_MP[:, part])
+            # All blocks of one part of the rows in turn, while it is in the cache.
+            X, Y = X_NP[:, part], Y_MP[:, part]
+            for above, left in blocks:
+                some[above, left] += precision.product(X[above], Y[left])
         if some is not total:
             total += some
-    return total
+    return _mirror(total) if symmetric else total
+
+
+def _blocks(n: int, m: int, leaf: int, *, symmetric: bool) -> Iterator[tuple[slice, slice]]:
+    """Cut a matrix into blocks: itself; or, of a symmetric one, those of the upper triangle.
+
+    The square is halved until it has `leaf` rows: large squares run faster than narrow strips.
+    """
+    if not symmetric:
+        yield slice(0, n), slice(0, m)
+    else:
+        yield from _upper_blocks(slice(0, n), leaf)
+
+
+def _upper_blocks(rows: slice, leaf: int) -> Iterator[tuple[slice, slice]]:
+    if rows.stop - rows.start <= leaf:
+        yield rows, rows
+        return
+    middle = (rows.start + rows.stop) // 2
+    first, second = slice(rows.start, middle), slice(middle, rows.stop)
+    yield from _upper_blocks(first, leaf)
+    yield first, second
+    yield from _upper_blocks(second, leaf)
+
+
+def _mirror(matrix: Tensor) -> Tensor:
+    """Write the upper triangle over the lower one.
+
+    A product of rows with themselves need not be symmetric to the last bit.
+    """
+    return matrix.triu_().add_(matrix.triu(1).T)
 
 
 def _norms(X: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distributed_stiffness.gradients.rules.rule import Call, Positions, Rule, Seen
+from distributed_stiffness.tiling import pieces
 
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
@@ -26,6 +27,8 @@ _DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 # shapes of ResNet-20 and ResNet-18 (docs/design/0004-layers.md). A rule by shape, not by a clock:
 # the same bits again.
 _POSITIONS_FOR_STEPS = 128
+# Patches of so many numbers stay in a core's cache until they are multiplied.
+_NUMBERS_IN_CACHE = 2**18
 
 
 class Convolution(Rule):
@@ -82,7 +85,8 @@ class Convolution(Rule):
     def positions(self, call: Call, grad_output: Tensor) -> Positions:
         """Return D and patches; of one group only."""
         image, D = self._image_and_grad(call, grad_output)
-        return Positions(D.flatten(2).transpose(1, 2), self._patches(call, image, D).flatten(2))
+        patches = self._patches(call, self._padded(call, image), D)
+        return Positions(D.flatten(2).transpose(1, 2), patches.flatten(2))
 
     def scratch(self, call: Call, grad_output: Tensor) -> int:
         """Patches are copies."""
@@ -111,7 +115,7 @@ class Convolution(Rule):
         weight, groups = call.parameters["weight"], call.settings["groups"]
         n, kernel = len(D), weight.shape[2:]
         D_NgpT = D.flatten(2).reshape(n, groups, -1, D.shape[2:].numel())
-        patches = self._patches(call, image, D)  # (N, T, kernel, channels)
+        patches = self._patches(call, self._padded(call, image), D)  # (N, T, kernel, channels)
         if groups > 1:
             patches = patches.reshape(*patches.shape[:-1], groups, -1).movedim(-2, 1)
         patches_NgTk = patches.reshape(n, groups, D_NgpT.shape[-1], -1)
@@ -120,23 +124,25 @@ class Convolution(Rule):
 
     def _by_steps(self, call: Call, image: Tensor, D: Tensor) -> Tensor:
         weight = call.parameters["weight"]
-        n, p, kernel = len(D), weight.shape[0], weight.shape[2:]
-        # Positions and patches of everything but the first dimension, of which every line is there.
-        lines = self._padded(call, image).shape[1]
-        patches = self._patches(call, image, D, first=(lines, 1))
-        patches_NTk = patches.reshape(n, -1, math.prod(kernel[1:]) * image.shape[1])
+        n, p, kernel, d = len(D), weight.shape[0], weight.shape[2:], image.shape[1]
         D_NpT, width = D.flatten(2), math.prod(D.shape[3:])
         steps = [step * call.settings["dilation"][0] * width for step in range(kernel[0])]
-        grad = torch.stack(
-            [torch.bmm(D_NpT, patches_NTk[:, at : at + D_NpT.shape[2]]) for at in steps], 1
-        )
-        split = grad.reshape(n, kernel[0], p, *kernel[1:], image.shape[1])
-        return split.movedim(2, 1).movedim(-1, 2)
+        grad = D.new_empty(len(steps), n, p, math.prod(kernel[1:]) * d)
+        for few in pieces(slice(0, n), max(1, _NUMBERS_IN_CACHE // self.scratch(call, D))):
+            # Of the first dimension every line is there: it moves by products further down.
+            lines = self._padded(call, image[few])
+            patches = self._patches(call, lines, D[few], first=(lines.shape[1], 1))
+            patches_NTk = patches.reshape(len(lines), -1, grad.shape[-1])
+            for part, at in zip(grad, steps, strict=True):
+                rows = patches_NTk[:, at : at + D_NpT.shape[2]]
+                torch.bmm(D_NpT[few], rows, out=part[few])
+        split = grad.reshape(kernel[0], n, p, *kernel[1:], d)
+        return split.movedim(0, 2).movedim(-1, 2)
 
     def _patches(
-        self, call: Call, image: Tensor, D: Tensor, first: tuple[int, int] | None = None
+        self, call: Call, padded: Tensor, D: Tensor, first: tuple[int, int] | None = None
     ) -> Tensor:
-        """Return the part of the image under the kernel at each position: (N, T, *kernel, d).
+        """Return the part of an image under the kernel at each position: (N, T, *kernel, d).
 
         `first`: positions and kernel size along the first dimension, if not D's and the kernel's.
         """
@@ -144,7 +150,6 @@ class Convolution(Rule):
         places = list(D.shape[2:])
         if first is not None:
             places[0], kernel[0] = first
-        padded = self._padded(call, image)
         batch, *spatial, last = padded.stride()
         windows = padded.as_strided(
             (len(padded), *places, *kernel, padded.shape[-1]),
