@@ -10,7 +10,6 @@ Axis letters: N rows, M columns, P parameters in dense form, T positions, d inpu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -37,7 +36,7 @@ class Factors:
 
     A_NTd: Tensor
     D_NTp: Tensor  # or indices (N, T): then each D_t is the unit vector of that index
-    b_N: Tensor  # 0 where the bias is not in play
+    b_NT: Tensor  # input of the bias; 0 where that is not in play
 
     @property
     def n_positions(self) -> int:
@@ -45,9 +44,8 @@ class Factors:
         return self.A_NTd.shape[1]
 
     def input_norms(self) -> Tensor:
-        """Return (Σ_t |A_t|² + b²)^½ of each row, (N,) float64."""
-        bias = self.b_N.double() * math.sqrt(self.n_positions)
-        return torch.hypot(_norms(self.A_NTd), bias)
+        """Return (Σ_t |A_t|² + b_t²)^½ of each row, (N,) float64."""
+        return torch.hypot(_norms(self.A_NTd), _norms(self.b_NT))
 
     def norms(self) -> Tensor:
         """Return the norm of each row's gradient, (N,) float64."""
@@ -55,10 +53,10 @@ class Factors:
             return self.input_norms() * _norms(self.D_NTp)
         # The largest of each is taken out: squares of products would leave float64's range.
         A, D = self.A_NTd.double(), self.D_NTp
-        size_A = torch.maximum(_largest(A), self.b_N.double().abs())
+        A = torch.cat([A, self.b_NT.double().unsqueeze(2)], 2)
+        size_A = _largest(A)
         A = A / _or_one(size_A)[:, None, None]
-        b_N = self.b_N.double() / _or_one(size_A)
-        inputs = torch.baddbmm((b_N * b_N)[:, None, None], A, A.transpose(1, 2))
+        inputs = torch.bmm(A, A.transpose(1, 2))
         if D.dim() == 2:
             outputs, size_D = (D.unsqueeze(2) == D.unsqueeze(1)).double(), torch.ones_like(size_A)
         else:
@@ -75,22 +73,22 @@ class Factors:
         in a network that diverges, or very small. A power of two is taken: it rounds nothing.
         """
         if self.D_NTp.dim() == 2:
-            return Factors(_times(self.A_NTd, factor_N), self.D_NTp, self.b_N)
+            return Factors(_times(self.A_NTd, factor_N), self.D_NTp, self.b_NT)
         size = _or_one(input_norm_N)
         power_N = torch.exp2(-torch.log2(size).round().clamp(-126, 126))
         return Factors(
             _times(self.A_NTd, power_N),
             _times(self.D_NTp, factor_N / power_N),
-            self.b_N * power_N.to(self.b_N.dtype),
+            _times(self.b_NT, power_N),
         )
 
     def gram(self, other: Factors, precision: Precision = FLOAT32) -> Tensor:
         """g_i·g_j for every pair, (N, M) float32."""
-        T, S, m = self.n_positions, other.n_positions, len(other.b_N)
+        T, S, m = self.n_positions, other.n_positions, len(other.b_NT)
         if T == S == 1:
             return self._products(other, precision)
-        result = torch.empty(len(self.b_N), m, device=self.b_N.device)
-        rows = max(1, _PRODUCTS_IN_CACHE[_kind(self.b_N)] // (T * S * m))
+        result = torch.empty(len(self.b_NT), m, device=self.b_NT.device)
+        rows = max(1, _PRODUCTS_IN_CACHE[_kind(self.b_NT)] // (T * S * m))
         for start in range(0, len(result), rows):
             part = slice(start, start + rows)
             products = self.take(part)._products(other, precision)
@@ -100,18 +98,29 @@ class Factors:
     def _products(self, other: Factors, precision: Precision) -> Tensor:
         """(A_it·A_js + b_i b_j)(D_it·D_js) for every pair of positions, (N·T, M·S)."""
         inputs = precision.product(self.A_NTd.flatten(0, 1), other.A_NTd.flatten(0, 1))
-        inputs.addr_(
-            self.b_N.repeat_interleave(self.n_positions).to(inputs.dtype),
-            other.b_N.repeat_interleave(other.n_positions).to(inputs.dtype),
-        )
+        inputs.addr_(self.b_NT.flatten(), other.b_NT.flatten())
         if self.D_NTp.dim() == 2:
             same = self.D_NTp.flatten().unsqueeze(1) == other.D_NTp.flatten()
             return inputs.mul_(same)
         return inputs.mul_(precision.product(self.D_NTp.flatten(0, 1), other.D_NTp.flatten(0, 1)))
 
+    def centred(self) -> Factors:
+        """Return the same gradient with the mean input as a position of its own.
+
+        Σ_t D_t ⊗ A_t = Σ_t D_t ⊗ (A_t − Ā) + (Σ_t D_t) ⊗ Ā. Where inputs are alike and Σ_t D_t is
+        about 0, as for the keys of attention, the terms on the left cancel, and a product of two
+        such sums would lose twice the digits.
+        """
+        mean = self.A_NTd.mean(1, keepdim=True)
+        return Factors(
+            torch.cat([self.A_NTd - mean, mean], 1),
+            torch.cat([self.D_NTp, self.D_NTp.sum(1, keepdim=True)], 1),
+            torch.cat([torch.zeros_like(self.b_NT), self.b_NT[:, :1]], 1),
+        )
+
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return A, D and b."""
-        return self.A_NTd, self.D_NTp, self.b_N
+        return self.A_NTd, self.D_NTp, self.b_NT
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Factors:
         """Apply `function` to A, D and b."""
@@ -209,7 +218,8 @@ def unit_rows(
     dense_NP, dense_scale = _dense(dense_NP, inverse, precision, into)
     scaled = [f.scaled(inverse, f.input_norms()) for f in factors]
     return Rows(
-        tuple(f.to(precision.rows) for f in scaled),
+        # Factors are few numbers and stay float32: two roundings would multiply.
+        tuple(f.to(torch.float32) for f in scaled),
         dense_NP,
         dense_scale,
         length * scale,
@@ -275,7 +285,7 @@ def cosine(rows: Rows, columns: Rows, precision: Precision = FLOAT32) -> Tensor:
     for above, left in blocks:
         for f, g in zip(rows.factors, columns.factors, strict=True):
             total[above, left] += f.take(above).gram(g.take(left), precision)
-    if rows is columns and rows.factors:
+    if rows is columns:
         _mirror(total)
     return total.clamp_(-1.0, 1.0)
 

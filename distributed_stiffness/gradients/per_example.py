@@ -274,7 +274,9 @@ class PerExampleGradients:
         left, right = _joined([one.positions() for one in uses])
         if not uses[0].rule.grad_is_left:
             left, right = right, left
-        return Factors(right, left, right.new_full((found.done.n,), float(layer.bias is not None)))
+        has_bias = float(layer.bias is not None)
+        made = Factors(right, left, right.new_full(right.shape[:2], has_bias))
+        return made.centred() if layer.is_centred else made
 
     def _dense(self, found: _Found, recipe: Recipe, into: Tensor | None) -> tuple[Tensor, Tensor]:
         """All parameters that are not factored, side by side: (N, P), and |row|² in float64."""

@@ -27,8 +27,8 @@ from distributed_stiffness.errors import StudyError
 # Partial sums of so many products are added up one after the other: a sixteenth of a row, which
 # keeps the most digits, within what a product needs to run at its full rate.
 _SHORTEST_FOLD, _FOLDS, _LONGEST_FOLD = 64, 16, 4096
-# A GPU's bfloat16 products need longer sums to run at full rate.
-_FOLD_CUDA_BF16 = 2**16
+# bfloat16 products need longer sums to run at their full rate, and lose nothing to them.
+_FOLD_BF16 = {"cpu": 2**14, "cuda": 2**16}
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Precision:
 
     def fold(self, rows: Tensor) -> int:
         """Return over how many elements one product may run."""
-        if self.name == "bf16" and rows.is_cuda:
-            return _FOLD_CUDA_BF16
+        if self.name == "bf16":
+            return _FOLD_BF16["cuda" if rows.is_cuda else "cpu"]
         return min(_LONGEST_FOLD, max(_SHORTEST_FOLD, rows.shape[1] // _FOLDS))
 
     def product(self, X_NP: Tensor, Y_MP: Tensor) -> Tensor:

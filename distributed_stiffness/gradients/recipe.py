@@ -43,16 +43,26 @@ class Layer:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     @property
+    def is_centred(self) -> bool:
+        """Whether factors have the mean of the inputs as one more position (gram.py)."""
+        return self.positions > 1 and not self.by_index
+
+    @property
+    def kept_positions(self) -> int:
+        """Positions of the factors."""
+        return self.positions + self.is_centred
+
+    @property
     def factored_work(self) -> int:
         """Multiply-adds of a pair that is kept as factors: T²(d + p), and the elements' own."""
         d_and_p = self.inputs if self.by_index else self.inputs + self.outputs
-        return self.positions**2 * (d_and_p + ELEMENT)
+        return self.kept_positions**2 * (d_and_p + ELEMENT)
 
     @property
     def factored_numbers(self) -> int:
         """Numbers held for an example that is kept as factors."""
         each = self.inputs + (2 if self.by_index else self.outputs)  # an index has 8 bytes
-        return self.positions * each + 1
+        return self.kept_positions * (each + 1)
 
     @property
     def making_work(self) -> int:
