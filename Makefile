@@ -10,5 +10,7 @@ test:
 	pytest
 
 bench:  ## the numbers of docs/BENCHMARKS.md, on this machine
+	pip install -q -e ".[bench]"
+	python benchmarks/gradients.py
 	python benchmarks/main_job.py
 	python benchmarks/analysis.py
