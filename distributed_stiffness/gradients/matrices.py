@@ -143,7 +143,8 @@ def layer_cosines(
 
     Returns:
         Dims (parameter_group, example, other), float32. Coordinate `parameter_group` holds the
-        names. A matrix is 0 where a group's gradient is 0.
+        names. A matrix is 0 where a group's gradient is 0. A group whose gradient is 0 but for
+        rounding (a bias before a normalisation, alone) has the cosines of that rounding.
 
     Raises:
         ModelError: a group has no parameter; else as `cosine_matrix`.

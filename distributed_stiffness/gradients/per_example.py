@@ -313,7 +313,9 @@ class PerExampleGradients:
         # The uses of a shared parameter add up before anything is multiplied.
         terms = self._direct(found.captured.get(name, []), rows)
         for through in self.recipe.through.get(name, ()):
-            grads = functools.reduce(torch.add, self._direct(found.captured[through], rows))
+            grads = functools.reduce(
+                torch.add, self._direct(found.captured[through], rows)
+            ).contiguous()
             back = self._through(found.done.capture.derived[through], name, grads)
             if back is not None:
                 terms.append(back.contiguous())

@@ -27,7 +27,7 @@ _DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 # shapes of ResNet-20 and ResNet-18 (docs/design/0004-layers.md). A rule by shape, not by a clock:
 # the same bits again.
 _POSITIONS_FOR_STEPS = 128
-# Patches of so many numbers stay in a core's cache until they are multiplied.
+# Patches of so many numbers stay in the cache of each core until they are multiplied.
 _NUMBERS_IN_CACHE = 2**18
 
 
@@ -128,7 +128,8 @@ class Convolution(Rule):
         D_NpT, width = D.flatten(2), math.prod(D.shape[3:])
         steps = [step * call.settings["dilation"][0] * width for step in range(kernel[0])]
         grad = D.new_empty(len(steps), n, p, math.prod(kernel[1:]) * d)
-        for few in pieces(slice(0, n), max(1, _NUMBERS_IN_CACHE // self.scratch(call, D))):
+        room = _NUMBERS_IN_CACHE * torch.get_num_threads()
+        for few in pieces(slice(0, n), max(1, room // self.scratch(call, D))):
             # Of the first dimension every line is there: it moves by products further down.
             lines = self._padded(call, image[few])
             patches = self._patches(call, lines, D[few], first=(lines.shape[1], 1))
