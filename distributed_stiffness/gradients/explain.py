@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -193,7 +193,7 @@ def _costs(gradients: PerExampleGradients, recipe: Recipe, pass_work: int) -> It
 
 
 def _with_share(cost: Cost, share: float) -> Cost:
-    return Cost(**{**asdict(cost), "share": share})
+    return replace(cost, share=share)
 
 
 def _loss_head(loss: Loss) -> str:

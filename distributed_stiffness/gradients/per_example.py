@@ -93,7 +93,8 @@ class PerExampleGradients:
         self._one_at_a_time: set[str] = set()
         model = _in_dtype(model, self.precision.network)
         self.model, self._image_format = model, torch.contiguous_format
-        if self.device.type == "cpu" and _has_convolutions(model):
+        on_cpu = self.device.type == "cpu" and self.precision.network == torch.float32
+        if on_cpu and _has_convolutions(model):
             self.model, self._image_format = _channels_last(model, sample[0])
         self.parameters = parameters_in_play(self.model, parameters)
         self._constants = [
@@ -131,7 +132,8 @@ class PerExampleGradients:
         whole = (*recipe.functional, *recipe.one_by_one)
         making += 2 * itemsize * sum(self.parameters[name].numel() for name in whole)
         # At least 1: where no parameter is used a row is empty.
-        return max(1, (dense + factors) * self.precision.rows.itemsize), max(1, making)
+        row = dense * self.precision.rows.itemsize + factors * torch.float32.itemsize
+        return max(1, row), max(1, making)
 
     def rows(self, inputs: Nest, targets: Nest, into: Rows | None = None) -> Rows:
         """Return the unit gradients of a block of examples, with their norms and losses.
@@ -621,7 +623,8 @@ def _channels_last(model: nn.Module, inputs: Nest) -> tuple[nn.Module, torch.mem
     """
     try:
         copied = copy.deepcopy(model).to(memory_format=torch.channels_last)
-        args, kwargs = arguments(map_tensors(_channels_last_image, take(inputs, slice(3))))
+        few = prepare(take(inputs, slice(3)), torch.float32, torch.device("cpu"))
+        args, kwargs = arguments(map_tensors(_channels_last_image, few))
         with torch.no_grad():
             copied(*args, **kwargs)
     except Exception:  # whatever a network's own code raises

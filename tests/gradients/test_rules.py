@@ -99,6 +99,22 @@ class Scaled(nn.Module):
         return (x * self.scale + self.shift) @ self.weight
 
 
+class Added(nn.Module):
+    """A matrix of parameters, as GPT-2 keeps it, and added with factors."""
+
+    def __init__(self, **factors: float) -> None:
+        super().__init__()
+        self.W, self.b, self.factors = (
+            nn.Parameter(torch.randn(4, 3)),
+            nn.Parameter(torch.randn(3)),
+            factors,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.addmm(self.b, x.reshape(-1, 4), self.W, **self.factors)
+        return torch.add(rows.reshape(*x.shape[:-1], 3).tanh(), self.b, alpha=0.5)
+
+
 class FunctionalLinear(nn.Module):
     """A linear layer without a module, its arguments by name."""
 
@@ -337,6 +353,23 @@ CASES = [
     convolution("conv3d", lambda: nn.Conv3d(2, 3, 2, stride=(1, 2, 1)), 2, 4, 5, 4),
     convolution("conv3d with groups", lambda: nn.Conv3d(2, 4, 3, groups=2, padding=1), 2, 3, 4, 3),
     convolution("transposed convolution", lambda: nn.ConvTranspose2d(2, 3, 3), 2, 4, 4),
+    # From 128 positions on the first dimension of a kernel goes by steps.
+    convolution("a long conv1d", lambda: nn.Conv1d(2, 3, 4, dilation=2, padding=3), 2, 140),
+    convolution("a large conv2d", lambda: nn.Conv2d(3, 4, 3, padding=1), 3, 12, 12),
+    convolution(
+        "a large conv2d with dilation",
+        lambda: nn.Conv2d(2, 3, (3, 2), dilation=(3, 2), padding=(3, 1)),
+        2,
+        14,
+        13,
+    ),
+    convolution("a large conv2d with steps across", lambda: nn.Conv2d(2, 3, 3, (1, 2)), 2, 18, 20),
+    convolution("a large conv2d with steps down", lambda: nn.Conv2d(2, 3, 3, (2, 1)), 2, 24, 14),
+    convolution("a large conv2d with groups", lambda: nn.Conv2d(4, 6, 3, groups=2), 4, 14, 14),
+    convolution(
+        "a large conv3d", lambda: nn.Conv3d(2, 3, (2, 3, 1), dilation=(2, 1, 1)), 2, 8, 6, 6
+    ),
+    convolution("a large transposed conv2d", lambda: nn.ConvTranspose2d(3, 2, 3), 3, 12, 12),
     case("batch norm on vectors", lambda: sequential(nn.BatchNorm1d(4)), lambda: vectors(4)),
     case("batch norm on sequences", lambda: sequential(nn.BatchNorm1d(4)), lambda: vectors(4, 6)),
     case(
@@ -397,6 +430,14 @@ CASES = [
         lambda: tokens(6),
     ),
     case("raw parameters", lambda: Head(Scaled()), lambda: vectors(4)),
+    case("addmm", lambda: Head(Added()), lambda: vectors(6, 4)),
+    case(
+        "addmm with factors",
+        lambda: Head(Added(alpha=2.0, beta=0.5)),
+        lambda: vectors(6, 4),
+        "body.W",
+        "body.b",
+    ),
     case("F.linear", FunctionalLinear, lambda: vectors(4)),
     case(
         "a weight in two places",
