@@ -100,6 +100,17 @@ class Scaled(nn.Module):
         return (x * self.scale + self.shift) @ self.weight
 
 
+class LookedUp(nn.Module):
+    """An embedding by the function itself, its padding counted from the end."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], **options: Any) -> None:
+        super().__init__()
+        self.table, self.function, self.options = nn.Parameter(torch.randn(7, 3)), function, options
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x, self.table, padding_idx=-1, **self.options)
+
+
 class Added(nn.Module):
     """A matrix of parameters, as GPT-2 keeps it, and added with factors."""
 
@@ -422,6 +433,15 @@ CASES = [
         "embedding with padding counted from the end",
         lambda: sequential(nn.Embedding(7, 3, padding_idx=-1)),
         lambda: tokens(2, 4),
+    ),
+    case("F.embedding", lambda: Head(LookedUp(F.embedding)), lambda: tokens(8)),
+    *(
+        case(
+            f"F.embedding_bag, {mode}",
+            lambda mode=mode: Head(LookedUp(F.embedding_bag, mode=mode)),
+            lambda: tokens(8),
+        )
+        for mode in ("mean", "sum")
     ),
     case("a module called twice", lambda: Head(CalledTwice()), lambda: vectors(4)),
     case("tied embedding and head", TiedLanguageModel, lambda: tokens(6)),
