@@ -7,9 +7,9 @@ process of its own, after a warm-up of eight examples; its seconds and the growt
 are the table's, all from one run. Ours goes first and last, and counts by the median. "cannot"
 means that a tool misses parameters; it says which, compares what there is with ours over the same
 parameters, and is not ranked. Ours with little memory is given about a fifth of what N×P numbers
-take, and makes gradients several times. The floor is one training pass over the same examples and N²·P
-floating-point operations (half the square) at the speed of a large float32 product; where gradients
-are kept as factors, it is not a lower bound.
+take, and makes gradients several times. The floor is one training pass over the same examples and
+N²·P floating-point operations (half the square) at the speed of a large float32 product; where
+gradients are kept as factors, it is not a lower bound.
 """
 
 from __future__ import annotations

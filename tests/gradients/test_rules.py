@@ -100,6 +100,20 @@ class Scaled(nn.Module):
         return (x * self.scale + self.shift) @ self.weight
 
 
+class EveryElement(nn.Module):
+    """Each elementwise call with its parameter on either side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("a", "b", "c", "d", "e", "f"):
+            self.register_parameter(name, nn.Parameter(torch.rand(4) + 0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a / (x.square() + 1) + x / self.b
+        x = (self.c - x) * (x - self.d)
+        return torch.sub(torch.rsub(self.e, x), self.f, alpha=0.5)
+
+
 class LookedUp(nn.Module):
     """An embedding by the function itself, its padding counted from the end."""
 
@@ -450,6 +464,7 @@ CASES = [
         lambda: TiedLanguageModel(positions=True),
         lambda: tokens(6),
     ),
+    case("every elementwise call", lambda: Head(EveryElement()), lambda: vectors(3, 4)),
     case("raw parameters", lambda: Head(Scaled()), lambda: vectors(4)),
     case("addmm", lambda: Head(Added()), lambda: vectors(6, 4)),
     case(
