@@ -404,25 +404,27 @@ class TestRefusals:
 
 class TestPrecisions:
     @pytest.mark.parametrize(
-        ("layers", "factored"),
+        ("build", "factored"),
         [
             (
-                [
+                lambda: nn.Sequential(
                     *(nn.Conv2d(3, 64, 3), nn.Tanh(), nn.Conv2d(64, 64, 3), nn.Tanh()),
                     *(nn.Conv2d(64, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-                ],
+                ),
                 (),
             ),
             (
-                [nn.Conv2d(3, 16, 3), nn.Tanh(), nn.Flatten(), nn.Linear(3136, 10)],
+                lambda: nn.Sequential(
+                    *(nn.Conv2d(3, 16, 3), nn.Tanh(), nn.Flatten(), nn.Linear(3136, 10))
+                ),
                 ("3.weight",),
             ),
         ],
         ids=["rows", "factors"],
     )
-    def test_bfloat16(self, layers, factored):
+    def test_bfloat16(self, build, factored):
         """Numbers of bfloat16 lose three digits, which average out; the bound says how many."""
-        model = nn.Sequential(*layers)
+        model = build()
         x, y = torch.randn(40, 3, 16, 16), torch.arange(40) % 10
         recipe = PerExampleGradients(model, "cross_entropy", (x, y), precision="bf16").recipe
         assert recipe.factored == factored
