@@ -624,6 +624,7 @@ def _channels_last(model: nn.Module, inputs: Nest) -> tuple[nn.Module, torch.mem
     try:
         copied = copy.deepcopy(model).to(memory_format=torch.channels_last)
         few = prepare(take(inputs, slice(3)), torch.float32, torch.device("cpu"))
+        few = map_tensors(torch.clone, few)  # a network may write into its inputs
         args, kwargs = arguments(map_tensors(_channels_last_image, few))
         with torch.no_grad():
             copied(*args, **kwargs)

@@ -486,6 +486,17 @@ class WritesItsInput(nn.Module):
         return self.layers(x.sub_(0.5).mul_(2.0))
 
 
+class WritesItsImage(nn.Module):
+    """The same of images, for a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(channels, 2, 3), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.conv(x.sub_(0.5).mul_(2.0))).flatten(1))
+
+
 class Temperature(nn.Module):
     """A parameter without a dimension."""
 
@@ -558,6 +569,19 @@ class TestFoundAmongRandomNetworks:
         assert torch.equal(x, given)
         expected = expected_gradients(model, x, y).norm(dim=1).numpy()
         np.testing.assert_allclose(norms.values, expected, rtol=1e-5)
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    def test_images_that_are_written_in_place(self, channels, memory_format):
+        """However an image lies in memory, it is left as it is."""
+        model, y = WritesItsImage(channels), torch.arange(N) % CLASSES
+        x = torch.randn(N, channels, 4, 4).contiguous(memory_format=memory_format)
+        given = x.clone()
+        expected = expected_cosines(model, x, y)
+
+        found = cosine_matrix(model, "cross_entropy", (x, y))
+        assert torch.equal(x, given)
+        assert abs(found.values - expected).max() <= FLOAT32
 
 
 class Keys(nn.Module):

@@ -51,7 +51,7 @@ WELL_CONDITIONED = 5e-7
 # Gradients below this, of losses of about 1, are differences of rounding errors.
 VANISHED = 1e-5
 # Factors lose the digits that cancel between an example's positions; see test_notebook_calls.py.
-CANCELLED = 5.0
+CANCELLED = 2.5
 
 # torch warns that an uneven 'same' padding takes a copy.
 # What torch.func cannot do is right all the same, one example at a time.
@@ -624,7 +624,8 @@ def convolution(draw: Draw, shape: Shape) -> tuple[nn.Module, State]:
             draw(st.integers(1, max(1, (size + 2 * pad - 1) // max(1, k - 1))))
             for size, pad, k in zip(sizes, pads, kernel, strict=True)
         )
-        dilation = tuple(min(3, each) for each in dilation)
+        # torch 2.14 crashes on a dilated kernel of size 1 over an image of channels last in 3D.
+        dilation = tuple(1 if k == 1 else min(3, d) for d, k in zip(dilation, kernel, strict=True))
         padding = tuple(pads)
         ends = [
             (size + 2 * pad - each * (k - 1) - 1) // step + 1
