@@ -23,7 +23,7 @@ from distributed_stiffness.tiling import pieces
 _PRODUCTS_IN_CACHE = {"cpu": 2**20, "cuda": 2**26}
 # Up to so many rows a block is multiplied with itself whole; a larger one is halved, and what lies
 # below the diagonal is not made.
-_LEAF, _LEAF_CUDA, _LEAF_OF_FACTORS = 64, 1024, 512
+_LEAF, _LEAF_CUDA, _LEAF_OF_FACTORS = 128, 1024, 512
 # Short sums that are added up before they meet the total.
 _SUMS = 64
 # Rows within this size (and its inverse) need no scaling before they are multiplied.
