@@ -2,7 +2,7 @@
 
 | name | forward and backward | rows | products of rows |
 |---|---|---|---|
-| float32 | float32 | float32 | float32, folded over 4,096 elements |
+| float32 | float32 | float32 | float32, folded over 8,192 elements |
 | float64 | float64 | float32 | the same |
 | bf16 | float32 | bfloat16 | bfloat16, summed in float32 |
 | bf16x3 | float32 | float32 | each as two bfloat16, three products, summed in float32; CUDA |
