@@ -505,6 +505,11 @@ CASES = [
         lambda: vectors(2, 6, 6),
     ),
     case(
+        "in-place ReLU on a view",
+        lambda: sequential(nn.Linear(4, 3), nn.ReLU(inplace=True)),
+        lambda: vectors(6, 4),
+    ),
+    case(
         "in-place write to a part",
         SlicedInPlace,
         lambda: vectors(4),
