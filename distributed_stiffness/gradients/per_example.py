@@ -214,8 +214,7 @@ class PerExampleGradients:
     def _forward(
         self, inputs: Nest, targets: Nest, copying: Collection[int]
     ) -> tuple[Capture, Nest]:
-        given = map_tensors(torch.clone, inputs) if self._writes_inputs else inputs
-        args, kwargs = self._network.arguments(given, targets)
+        args, kwargs = self._arguments(inputs, targets)
         seen = tensors((args, kwargs))
         with (
             torch.enable_grad(),
@@ -223,6 +222,11 @@ class PerExampleGradients:
         ):
             outputs = self._network.module(*args, **kwargs)
         return capture, outputs
+
+    def _arguments(self, inputs: Nest, targets: Nest) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what the network is called with: copies, if it writes into its inputs."""
+        given = map_tensors(torch.clone, inputs) if self._writes_inputs else inputs
+        return self._network.arguments(given, targets)
 
     def _pass(self, inputs: Nest, targets: Nest, copying: Collection[int]) -> Pass:
         n = count_examples(inputs)
@@ -370,7 +374,7 @@ class PerExampleGradients:
             chosen: dict[str, Tensor], inputs: Nest, targets: Nest, directions: tuple[Tensor, ...]
         ) -> Tensor:
             one = map_tensors(lambda t: t.unsqueeze(0), (inputs, targets))
-            args, kwargs = network.arguments(*one)
+            args, kwargs = self._arguments(*one)
             outputs = torch.func.functional_call(network.module, chosen, args, kwargs)
             parts = zip(done.head.chosen(outputs), directions, strict=True)
             return torch.stack([(o.squeeze(0) * d).sum() for o, d in parts]).sum()
@@ -387,7 +391,7 @@ class PerExampleGradients:
         found: list[list[Tensor]] = []
         for i in range(done.n):
             one = take((done.inputs, done.targets), slice(i, i + 1))
-            args, kwargs = self._network.arguments(*one)
+            args, kwargs = self._arguments(*one)
             with torch.enable_grad():
                 outputs = done.head.chosen(self._network.module(*args, **kwargs))
                 grads = torch.autograd.grad(
