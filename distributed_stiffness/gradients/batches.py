@@ -69,7 +69,7 @@ def pair(examples: Examples) -> tuple[Nest, Nest]:
         ModelError: they are anything else, or not as many inputs as targets.
     """
     if not _is_pair(examples):
-        batches = [_checked(batch) for batch in stream(examples)]
+        batches = list(stream(examples))
         if not batches:
             raise ModelError("there are no examples")
         examples = pytree.tree_map(lambda *leaves: torch.cat(leaves), *batches)

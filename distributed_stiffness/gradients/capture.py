@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from distributed_stiffness.gradients.decompositions import DECOMPOSITIONS
+from distributed_stiffness.gradients.decompositions import DECOMPOSITIONS, take_apart
 from distributed_stiffness.gradients.layout import PLAIN, Layout
 from distributed_stiffness.gradients.rules import RULES, Call, Positions, Rule
 from distributed_stiffness.gradients.rules.rule import Seen
@@ -39,11 +39,6 @@ class Source:
     parameters: frozenset[str]  # that it is made of
     made_by: int = -1  # number of the call; −1 for a parameter
     made_of: tuple[str, ...] = ()  # sources that the call took
-
-    @property
-    def derived(self) -> bool:
-        """Whether it is not itself a parameter."""
-        return self.made_by >= 0
 
 
 @dataclass(frozen=True)
@@ -175,8 +170,7 @@ class Capture(TorchFunctionMode):
         taken = list(_tensors(args, kwargs))
         sources = [self._sources[id(t)] for t in taken if id(t) in self._sources]
         if sources and func in DECOMPOSITIONS and not _is_recomputed():
-            with self:
-                output = DECOMPOSITIONS[func](*args, **kwargs)
+            output = take_apart(self, func, args, kwargs)
             if output is not NotImplemented:
                 return output
         self._n_calls += 1

@@ -122,12 +122,22 @@ class TakenApart(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run the parts, or the call."""
-        if func in DECOMPOSITIONS:
-            with self:
-                output = DECOMPOSITIONS[func](*args, **(kwargs or {}))
-            if output is not NotImplemented:
-                return output
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        output = take_apart(self, func, args, kwargs)
+        return func(*args, **kwargs) if output is NotImplemented else output
+
+
+def take_apart(
+    mode: TorchFunctionMode,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run a call's parts where `mode` sees them; NotImplemented where it has none."""
+    if func not in DECOMPOSITIONS:
+        return NotImplemented
+    with mode:
+        return DECOMPOSITIONS[func](*args, **kwargs)
 
 
 DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -155,7 +155,7 @@ def explain(
 
     total = max(1.0, n * made * pass_work + sum(map(work, costs)))
     return Explanation(
-        costs=tuple(_with_share(cost, work(cost) / total) for cost in costs),
+        costs=tuple(replace(cost, share=work(cost) / total) for cost in costs),
         pass_work=pass_work,
         pass_share=n * made * pass_work / total,
         n_examples=n,
@@ -190,10 +190,6 @@ def _costs(gradients: PerExampleGradients, recipe: Recipe, pass_work: int) -> It
             (name,), parameter.numel(), rule, form, None if place is None else place.positions,
             making, parameter.numel(), parameter.numel() * itemsize, 0.0,
         )  # fmt: skip
-
-
-def _with_share(cost: Cost, share: float) -> Cost:
-    return replace(cost, share=share)
 
 
 def _loss_head(loss: Loss) -> str:

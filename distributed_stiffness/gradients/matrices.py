@@ -312,9 +312,9 @@ class _Work:
                 held = make_row(panel)
                 for (rows_norm, _), rows in zip(norms, held, strict=True):
                     rows_norm[panel] = rows.norm.cpu().numpy()
-                # Left of the panel: known by symmetry.
-                start = panel.start if self.others is None else 0
+                start = 0
                 if self.others is None:
+                    # Left of the panel: known by symmetry.
                     for k, rows in enumerate(held):
                         own = cosine(rows, rows, self.gradients.precision)
                         values[k, panel, panel] = own.cpu().numpy()
