@@ -669,3 +669,25 @@ def test_gradients_that_do_not_fit_are_never_held_together(check):
     assert 4 * n * n_parameters > 2.5 * budget
     matrices = n * n * (4 + 8)
     assert growth <= budget + matrices + allowance, f"{growth / 1e6:.0f} MB"
+
+
+class WritesItsInput(nn.Module):
+    """An input overwritten in place, and a parameter that no rule covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.power = nn.Linear(4, 3), nn.Parameter(torch.full((3,), 1.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.sub_(0.5).mul_(2.0)
+        return self.linear(x).sigmoid() ** self.power
+
+
+def test_inputs_written_in_place_beside_a_parameter_without_a_rule():
+    """torch.func runs the network once more: on the same inputs, and not on the caller's."""
+    model, x, y = WritesItsInput(), torch.randn(10, 4), torch.arange(10) % 3
+    kept = x.clone()
+    found = cosine_matrix(model, "cross_entropy", (x, y))
+
+    assert torch.equal(x, kept)
+    assert abs(found.values - expected_cosines(model, kept, y)).max() <= FLOAT32
