@@ -671,7 +671,7 @@ def test_gradients_that_do_not_fit_are_never_held_together(check):
     assert growth <= budget + matrices + allowance, f"{growth / 1e6:.0f} MB"
 
 
-class WritesItsInput(nn.Module):
+class WritesItsInputBesideAPower(nn.Module):
     """An input overwritten in place, and a parameter that no rule covers."""
 
     def __init__(self) -> None:
@@ -685,7 +685,7 @@ class WritesItsInput(nn.Module):
 
 def test_inputs_written_in_place_beside_a_parameter_without_a_rule():
     """torch.func runs the network once more: on the same inputs, and not on the caller's."""
-    model, x, y = WritesItsInput(), torch.randn(10, 4), torch.arange(10) % 3
+    model, x, y = WritesItsInputBesideAPower(), torch.randn(10, 4), torch.arange(10) % 3
     kept = x.clone()
     found = cosine_matrix(model, "cross_entropy", (x, y))
 
