@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from distributed_stiffness.errors import StudyError
@@ -42,6 +42,8 @@ class Plan:
     row_bytes: int  # of one example's gradient as it is held
     memory: int  # bytes, the budget of a replica
     factored: tuple[str, ...] = ()  # weights whose gradients are kept as factors
+    making_work: int = 0  # multiply-adds of one gradient
+    pair_work: int = 0  # multiply-adds of the product of two
 
     @property
     def tiling(self) -> Tiling:
@@ -72,6 +74,31 @@ class Plan:
     def gradients_per_example(self) -> float:
         """How often each gradient is made, (K + 1)/2 for K panels."""
         return (math.ceil(self.n_examples / min(self.panel_rows, self.n_examples)) + 1) / 2
+
+    def halved(self) -> Plan:
+        """Return what takes about half the memory: fewer rows held, then smaller blocks.
+
+        As long as whole tiles of rows are held, every product keeps its shape, and so its bits.
+
+        Raises:
+            StudyError: it is the smallest already.
+        """
+        if self.panel_rows > self.tile:
+            rows = max(self.tile, self.panel_rows // 2 // self.tile * self.tile)
+            return replace(self, memory=self.memory // 2, panel_rows=rows)
+        block = _power_of_two(max(1, self.block // 2))
+        if block < min(SMALLEST_BLOCK, self.tile):
+            raise StudyError(
+                f"{self.block} gradients of {in_words(self.row_bytes)} do not fit into a replica's"
+                " memory: give fewer --max-replicas or machines with more"
+            )
+        return replace(
+            self,
+            memory=self.memory // 2,
+            block=block,
+            batch=max(1, min(self.batch // 2, block)),
+            panel_rows=max(block, self.panel_rows // 2 // block * block),
+        )
 
     @property
     def store_bytes(self) -> int:
@@ -108,6 +135,8 @@ def make_plan(
     row_bytes: int,
     making_bytes: int,
     memory: int,
+    making_work: int = 0,
+    pair_work: int = 0,
     tile: int | None = None,
     factored: Sequence[str] = (),
     batch_bytes: int = BATCH_BYTES,
@@ -120,6 +149,8 @@ def make_plan(
         row_bytes: bytes of one example's gradient as it is held (`Rows.nbytes`).
         making_bytes: bytes that one example takes beside its row while its gradient is made.
         memory: budget of a replica in bytes.
+        making_work: multiply-adds of one gradient.
+        pair_work: multiply-adds of the product of two.
         tile: edge of a tile; None chooses.
         factored: weights whose gradients are kept as factors.
         batch_bytes: beyond which a batch is not faster.
@@ -142,6 +173,8 @@ def make_plan(
         )
     block = min(_power_of_two(block), LARGEST_BLOCK, tile)
     batch = min(_power_of_two(batch), _power_of_two(max(FEW, batch_bytes // making_bytes)))
+    # A row that is held and one that is streamed are made in the same batches: the same bits.
+    batch = min(batch, block)
     rows = max(block, int(ROWS_SHARE * memory) // row_bytes)
     panel_rows = rows // tile * tile if rows >= tile else rows // block * block
     return Plan(
@@ -149,11 +182,13 @@ def make_plan(
         n_checkpoints=n_checkpoints,
         tile=tile,
         block=block,
-        batch=min(batch, LARGEST_BLOCK),
+        batch=batch,
         panel_rows=min(panel_rows, math.ceil(n_examples / tile) * tile),
         row_bytes=row_bytes,
         memory=memory,
         factored=tuple(factored),
+        making_work=making_work,
+        pair_work=pair_work,
     )
 
 

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import functools
 import importlib.metadata
 import json
 import subprocess
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import botocore.exceptions
 import fsspec
 import numpy as np
 import psutil
+import tenacity
 import zarr
 import zarr.abc.store
 import zarr.codecs
@@ -43,6 +46,7 @@ from distributed_stiffness.study import Study, differences, fingerprint
 from distributed_stiffness.tiling import Checkpoint, Tile, Tiling
 
 SCHEMA_VERSION = 1
+_T = TypeVar("_T")
 _RUN = ("learning_rate", "seed", "iteration")
 
 
@@ -116,6 +120,18 @@ _VARIABLES: Mapping[str, _Variable] = {
 
 # What a disk or a bucket raises: s3fs lets errors of its HTTP client through as they are.
 STORAGE_ERRORS = (OSError, botocore.exceptions.BotoCoreError, aiohttp.ClientError)
+# Of these, what trying again does not mend.
+_LASTING_ERRORS = (
+    PermissionError,
+    FileNotFoundError,
+    NotADirectoryError,
+    IsADirectoryError,
+    botocore.exceptions.NoCredentialsError,
+    botocore.exceptions.ParamValidationError,
+)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+RETRY_SECONDS = 120.0  # a request to the store is tried for so long
+_LONGEST_PAUSE = 10.0  # seconds between two tries
 
 # Blosc lz4 with bit shuffling is nearly free; crc32c tells any reader of a flipped byte.
 _COMPRESSORS = (
@@ -166,6 +182,7 @@ class Store:
                 f" expected {SCHEMA_VERSION}); give another --store"
             )
         self._arrays = {name: _array(self.group, name) for name in _VARIABLES}
+        self.retries = 0  # requests that were made again
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         """Send the URL to other processes, not the open handles."""
@@ -192,6 +209,18 @@ class Store:
             checked={Checkpoint(*lead) for lead in self._chunks("undecided")},
         )
 
+    def has(self, name: str, checkpoint: Checkpoint | None, tiles: Iterable[Tile]) -> bool:
+        """Whether tiles of a matrix are there, diagonal ones with their norms."""
+        filesystem, root = fsspec.core.url_to_fs(self.url)
+        filesystem.invalidate_cache()
+        lead = _lead(checkpoint)
+        keys = [(name, *lead, *tile) for tile in tiles]
+        if name == "cosine":
+            keys += [("correct", *lead, i) for _, *_, i, j in keys if i == j]
+        paths = (f"{root}/{array}/c/{'/'.join(map(str, chunk))}" for array, *chunk in keys)
+        with _explained(self.url, "read"):
+            return all(self._persistently(functools.partial(filesystem.exists, p)) for p in paths)
+
     def _chunks(self, name: str) -> set[tuple[int, ...]]:
         filesystem, root = fsspec.core.url_to_fs(self.url)
         filesystem.invalidate_cache()
@@ -206,22 +235,37 @@ class Store:
     ) -> None:
         """Write one whole chunk of a matrix."""
         rows, columns = (tiling.examples(chunk) for chunk in tile)
-        with _explained(self.url):
-            self._arrays[name][(*_lead(checkpoint), rows, columns)] = values
+        self._put(name, (*_lead(checkpoint), rows, columns), values)
 
     def write_examples(
         self, checkpoint: Checkpoint, examples: slice, **columns: np.ndarray
     ) -> None:
         """Write gradient_norm, loss and correct of one chunk of examples; `correct` last."""
-        with _explained(self.url):
-            for name in ("gradient_norm", "loss", "correct"):
-                self._arrays[name][(*_lead(checkpoint), examples)] = columns[name]
+        for name in ("gradient_norm", "loss", "correct"):
+            self._put(name, (*_lead(checkpoint), examples), columns[name])
 
     def write_values(self, checkpoint: Checkpoint, **values: float) -> None:
         """Write numbers that a checkpoint has one of."""
+        for name, value in values.items():
+            self._put(name, _lead(checkpoint), value)
+
+    def _put(self, name: str, place: tuple[int | slice, ...], values: Any) -> None:
+        array = self._arrays[name]
         with _explained(self.url):
-            for name, value in values.items():
-                self._arrays[name][_lead(checkpoint)] = value
+            self._persistently(lambda: array.__setitem__(place, values))
+
+    def _persistently(self, request: Callable[[], _T]) -> _T:
+        """Make a request, and again after a pause while the store fails in passing."""
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_is_passing),
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=_LONGEST_PAUSE),
+            stop=tenacity.stop_after_delay(RETRY_SECONDS),
+            reraise=True,
+        )
+        try:
+            return retrying(request)
+        finally:
+            self.retries += retrying.statistics["attempt_number"] - 1
 
     def read(
         self,
@@ -235,8 +279,10 @@ class Store:
         Raises:
             StoreError: a chunk is damaged; names it.
         """
+        array, place = self._arrays[name], (*_lead(checkpoint), rows, columns)
         try:
-            values: np.ndarray = self._arrays[name].oindex[(*_lead(checkpoint), rows, columns)]
+            with _explained(self.url, "read"):
+                values: np.ndarray = self._persistently(lambda: array.oindex[place])
         except ValueError as error:
             raise StoreError(
                 f"{self.url} is damaged ({error}): {', '.join(self._damaged(name, checkpoint))}."
@@ -267,9 +313,49 @@ class Store:
 
     def sweep(self) -> None:
         """Remove what dead writers left behind; only when no writer is alive."""
-        if "://" not in self.url:
-            for leftover in Path(self.url).rglob(".*.partial"):
-                leftover.unlink(missing_ok=True)
+        for leftover in self.leftovers():
+            Path(leftover).unlink(missing_ok=True)
+
+    # Looking over and mending (verify/)
+
+    def leftovers(self) -> list[str]:
+        """Half-written files, of local stores."""
+        if "://" in self.url:
+            return []
+        return sorted(map(str, Path(self.url).rglob(".*.partial")))
+
+    def listing(self, name: str) -> set[tuple[int, ...]]:
+        """List the chunks of a variable or coordinate that are there."""
+        with _explained(self.url, "read"):
+            return self._persistently(lambda: self._chunks(name))
+
+    def chunk(self, name: str, place: tuple[int, ...]) -> np.ndarray:
+        """Read one whole chunk, in all dims; where it is damaged, its codecs raise what they do."""
+        array: Any = self._arrays[name] if name in self._arrays else _array(self.group, name)
+        with _explained(self.url, "read"):
+            return self._persistently(lambda: np.asarray(array.blocks[place]))
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete chunks, in this order, by their keys; those that are not there stay so."""
+        filesystem, root = fsspec.core.url_to_fs(self.url)
+        with _explained(self.url):
+            for key in keys:
+                with contextlib.suppress(FileNotFoundError):
+                    filesystem.rm_file(f"{root}/{key}")
+
+    def write_coordinate(self, name: str, values: np.ndarray) -> None:
+        """Write labels anew."""
+        with _explained(self.url):
+            _array(self.group, name)[...] = values
+
+    def reopen(self) -> None:
+        """Take back that the store is complete; only the driver may."""
+        with _explained(self.url):
+            metadata = _read_metadata(self.url)
+            if metadata["attributes"].pop("finished", None) is not None:
+                filesystem, root = fsspec.core.url_to_fs(self.url)
+                content = json.dumps(metadata, indent=2).encode()
+                write_whole(filesystem, f"{root}/zarr.json", content)
 
 
 def create_or_continue(url: str | Path, study: Study, data: StudyData, plan: Plan) -> Store:
@@ -427,6 +513,11 @@ def _coordinates(study: Study, data: StudyData) -> Iterator[_Coordinate]:
             yield _Coordinate(prefix + name, (dim,), values, meaning)
 
 
+def coordinate_values(study: Study, data: StudyData) -> dict[str, np.ndarray]:
+    """Return what every coordinate of a study's store holds, by name."""
+    return {coordinate.name: coordinate.values for coordinate in _coordinates(study, data)}
+
+
 def _labels(data: StudyData) -> Iterator[tuple[str, np.ndarray, str]]:
     """What is known of each example: name, value for each, meaning."""
     labelled, labels = data.labelled, data.examples.labels
@@ -525,14 +616,20 @@ def _consolidate(url: str) -> None:
 
 
 @contextlib.contextmanager
-def _explained(url: str) -> Iterator[None]:
+def _explained(url: str, verb: str = "write to") -> Iterator[None]:
     try:
         yield
     except STORAGE_ERRORS as error:
         raise StoreError(
-            f"cannot write to {url}: {error}. What was written is kept: make room or mend the"
+            f"cannot {verb} {url}: {error}. What was written is kept: make room or mend the"
             " path, and run the same command again"
         ) from error
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Whether a request may succeed when it is made again."""
+    lasting = isinstance(error, _LASTING_ERRORS) or getattr(error, "errno", None) in _FULL
+    return isinstance(error, STORAGE_ERRORS) and not lasting
 
 
 def _versions() -> dict[str, str]:

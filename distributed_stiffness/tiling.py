@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Tile = tuple[int, int]  # row and column, counted in tiles
@@ -66,6 +66,7 @@ class Checkpoint:
 
 
 Kind = Literal["distance", "pairs", "check"]
+Panel = tuple[Checkpoint | None, int]  # of one matrix: where its rows begin
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,31 @@ class Task:
     first_row: int = -1  # of the panel, whatever an earlier run left of it
 
     @property
-    def panel(self) -> tuple[Checkpoint | None, int]:
+    def panel(self) -> Panel:
         """Tasks with the same panel use the same rows, so that one replica should do them."""
         return self.checkpoint, self.first_row
 
     @property
     def n_tiles(self) -> int:
+        """How many tiles are written."""
+        return len(self.tiles)
+
+    @property
+    def size(self) -> int:
+        """Tiles computed, or 1 for a check: what the time of a task goes with."""
+        return max(1, len(self.rows))
+
+    @property
+    def tiles(self) -> list[Tile]:
         """Tiles written, both triangles."""
-        return sum(1 if row == self.column else 2 for row in self.rows)
+        pairs = [(row, self.column) for row in self.rows]
+        return [*pairs, *((j, i) for i, j in pairs if i != j)]
+
+    def split(self, size: int, *, first: Collection[int] = ()) -> tuple[Task, Task]:
+        """Cut into a task of `size` rows, those in `first` before others, and the rest."""
+        preferred = sorted(self.rows, key=lambda row: (row not in first, row))
+        chosen, rest = sorted(preferred[:size]), sorted(preferred[size:])
+        return replace(self, rows=tuple(chosen)), replace(self, rows=tuple(rest))
 
     def __str__(self) -> str:
         where = f" of checkpoint {self.checkpoint}" if self.checkpoint else ""

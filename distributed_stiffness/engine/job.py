@@ -7,12 +7,16 @@ their checkpoints appear, and keeps the books: progress, failures, what to say a
 from __future__ import annotations
 
 import math
+import time
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from distributed_stiffness.checkpoints import Checkpoints, TrainingRun
 from distributed_stiffness.data.selection import StudyData
+from distributed_stiffness.engine.lease import Lease
+from distributed_stiffness.engine.prediction import Prediction, Speed, predict
 from distributed_stiffness.engine.replica import Receipt
 from distributed_stiffness.engine.scheduler import Assignment, Scheduler
 from distributed_stiffness.errors import GradientError, StiffnessError, StoreError
@@ -29,6 +33,42 @@ class StudyFailed(StiffnessError, RuntimeError):
 
 
 @dataclass
+class _Totals:
+    """What all tasks of this run took."""
+
+    began: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
+    making_seconds: float = 0.0
+    write_seconds: float = 0.0
+    operations: float = 0.0
+    gradients: int = 0
+    bytes_written: int = 0
+    retries: int = 0
+    peak_memory: int = 0
+
+    def add(self, receipt: Receipt, plan: Plan) -> None:
+        """Count what a task took."""
+        self.seconds += receipt.seconds
+        self.making_seconds += receipt.making_seconds
+        self.write_seconds += receipt.write_seconds
+        self.bytes_written += receipt.bytes_written
+        self.retries += receipt.retries
+        self.peak_memory = max(self.peak_memory, receipt.peak_memory)
+        self.gradients += receipt.gradients
+        self.operations += receipt.operations(plan)
+
+    def describe(self) -> str:
+        """One line for people."""
+        again = f"; {self.retries} requests to the store were made again" if self.retries else ""
+        return (
+            f"replicas worked {self.seconds:.1f} s in all: {self.making_seconds:.1f} s making"
+            f" {self.gradients:,} gradients, {self.write_seconds:.1f} s writing"
+            f" {in_words(self.bytes_written)}; {self.operations:.2g} floating-point operations;"
+            f" peak memory {in_words(self.peak_memory)} each{again}"
+        )
+
+
+@dataclass
 class Job:
     """One run of a study on its store."""
 
@@ -38,17 +78,20 @@ class Job:
     store: Store
     checkpoints: str
     progress: Progress
+    lease: Lease
     device: str = "cpu"
     scheduler: Scheduler = field(default_factory=Scheduler)
     failures: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._contents = self.store.contents()
-        self._left: Counter[Checkpoint] = Counter()  # tile tasks to do before the check
+        self._left: Counter[Checkpoint] = Counter()  # tiles to do before the check
         identity = training_identity(self.study, content=self.data.training_hash)
         self.folder = Checkpoints(self.checkpoints, identity=identity)
         self._taken_up: set[Checkpoint] = set()
-        self._peak_memory, self._seconds, self._write_seconds = 0, 0.0, 0.0
+        self._totals = _Totals()
+        self._prediction: Prediction | None = None
+        self._published = 0.0
         self._weights = dict(self.store.attrs["weights"])
         self._steps = {run: self._last_step(run) for run in self._runs()}
         self._training = self.progress.phase(
@@ -81,8 +124,23 @@ class Job:
         return list(needed)
 
     def assign(self) -> list[Assignment]:
-        """Return what the replicas are to do next."""
-        return self.scheduler.assign()
+        """Return what the replicas are to do next.
+
+        Raises:
+            StoreError: another run has taken the store over.
+        """
+        self.lease.require()
+        found = self.scheduler.assign(time.monotonic())
+        self._publish()
+        return found
+
+    def measured(self, speed: Speed, replicas: int) -> None:
+        """Say what the rest will take, now that a replica's speed is known."""
+        left = 1 - self._tiles.done / max(1, self._tiles.total)
+        if left > 0:
+            self._prediction = predict(self.plan, replicas=replicas, speed=speed, left=left)
+            self.progress.say(self._prediction.describe())
+            self._totals.began = time.monotonic()
 
     # Events
 
@@ -106,19 +164,31 @@ class Job:
 
     def task_done(self, replica: str, receipt: Receipt) -> None:
         """A replica finished a task."""
-        self._peak_memory = max(self._peak_memory, receipt.peak_memory)
-        self._seconds += receipt.seconds
-        self._write_seconds += receipt.write_seconds
+        self._totals.add(receipt, self.plan)
+        if receipt.memory < self.plan.memory:
+            self.shrink(f"{replica} ran out of memory", to=receipt.memory)
         task = receipt.task
-        if not self.scheduler.task_done(replica, task):
+        if not self.scheduler.task_done(replica, task, receipt.seconds):
             return
         if task.kind == "check":
             self._checks.advance()
         else:
             self._tiles.advance(task.n_tiles, f"peak memory {receipt.peak_memory / 1e9:.2f} GB")
         if task.kind == "pairs" and task.checkpoint is not None:
-            self._left[task.checkpoint] -= 1
+            self._left[task.checkpoint] -= task.size
             self._add_check_if_due(task.checkpoint)
+
+    def shrink(self, why: str, *, to: int | None = None) -> None:
+        """Halve the blocks of replicas to come, and remember it in the store.
+
+        Raises:
+            StudyError: they are the smallest already.
+        """
+        to = self.plan.memory // 2 if to is None else to
+        while self.plan.memory > to:
+            self.plan = self.plan.halved()
+        self.store.set_attrs(plan=self.plan.to_json())
+        self.progress.say(f"{why}: going on with {in_words(self.plan.memory)} a replica")
 
     def task_failed(self, replica: str, task: Task, error: BaseException) -> None:
         """A task raised: a broken checkpoint is left out, a broken store ends the run.
@@ -130,8 +200,7 @@ class Job:
             raise error
         if isinstance(error, GradientError):
             # The checkpoint is at fault, not the replica: none of its tasks can succeed.
-            of_checkpoint = self._tasks("pairs", task.checkpoint) if task.checkpoint else []
-            for other in {task, *of_checkpoint} - self.scheduler.done:
+            for other in self.scheduler.open_tasks(task.checkpoint) if task.checkpoint else [task]:
                 self.scheduler.give_up(other, str(error))
         self.scheduler.task_failed(replica, task, _in_words(error))
 
@@ -143,11 +212,8 @@ class Job:
         """
         for phase in (self._training, self._tiles, self._checks):
             phase.close()
-        if self._seconds:
-            self.progress.say(
-                f"replicas worked {self._seconds:.1f} s in all, {self._write_seconds:.1f} s of it"
-                f" writing; peak memory {in_words(self._peak_memory)} each"
-            )
+        if self._totals.seconds:
+            self.progress.say(self._totals.describe() + self._against_prediction())
         self.failures += sorted(
             {f"{self._name(task)}: {error}" for task, error in self.scheduler.set_aside.items()}
         )
@@ -200,7 +266,7 @@ class Job:
         self.store.set_attrs(weights=self._weights)
         self.store.write_values(checkpoint, **weights.metrics)
         todo = self._tasks("pairs", checkpoint)
-        self._left[checkpoint] = len(todo)
+        self._left[checkpoint] = sum(task.size for task in todo)
         self.scheduler.add(todo)
         self._add_check_if_due(checkpoint)
 
@@ -241,6 +307,45 @@ class Job:
         return [TrainingRun(r, s) for r in training.learning_rates for s in training.seeds]
 
     # Books
+
+    def _against_prediction(self) -> str:
+        found = self._prediction
+        if found is None or found.seconds is None:
+            return ""
+        took = time.monotonic() - self._totals.began
+        return (
+            f" (predicted: {found.operations:.2g} operations, {in_words(found.bytes_written)};"
+            f" {found.seconds:.3g} s, took {took:.3g} s)"
+        )
+
+    def _publish(self) -> None:
+        """Let `stiffness status` know, once a second at most."""
+        if time.monotonic() - self._published < 1.0:
+            return
+        self._published = time.monotonic()
+        phases = (self._training, self._tiles, self._checks)
+        status: dict[str, Any] = {
+            "phases": {
+                phase.name: {
+                    "done": phase.done,
+                    "total": phase.total,
+                    "unit": phase.unit,
+                    "rate": phase.rate,
+                }
+                for phase in phases
+            },
+            "replicas": {
+                name: [self._in_words(task) for task in tasks]
+                for name, tasks in self.scheduler.replicas().items()
+            },
+            "failures": len(self.failures) + len(self.scheduler.set_aside),
+        }
+        self.lease.status = status
+
+    def _in_words(self, task: Task) -> str:
+        what = {"pairs": "tiles", "distance": "tiles", "check": "error bound"}[task.kind]
+        where = f" rows {list(task.rows)} column {task.column}" if task.rows else ""
+        return f"{self._name(task)}: {what}{where}"
 
     def _tiles_there(self) -> int:
         matrices = [self._contents.distance, *self._contents.tiles.values()]

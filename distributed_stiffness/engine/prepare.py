@@ -10,6 +10,7 @@ import torch
 
 from distributed_stiffness.data.selection import StudyData, select
 from distributed_stiffness.engine.job import Job
+from distributed_stiffness.engine.lease import Lease
 from distributed_stiffness.errors import StudyError
 from distributed_stiffness.gradients.budget import fit
 from distributed_stiffness.gradients.per_example import PerExampleGradients
@@ -66,7 +67,7 @@ class Prepared:
     run: Run
     progress: Progress
 
-    def job(self, *, memory: int, device: str) -> Job:
+    def job(self, lease: Lease, *, memory: int, device: str) -> Job:
         """Plan for replicas of `memory` bytes, and lay the store out or take it up again.
 
         Raises:
@@ -74,7 +75,7 @@ class Prepared:
             StoreError: the store belongs to another study, or cannot be written.
         """
         precision_mode(self.study.gradients.precision, device)  # some need a GPU
-        url, plan = self.run.store_url, self._plan(memory, device)
+        url, plan = self.run.store_url, self.plan(memory, device)
         self.progress.say(plan.describe())
         return Job(
             self.study,
@@ -83,10 +84,16 @@ class Prepared:
             create_or_continue(url, self.study, self.data, plan),
             self.run.checkpoint_folder,
             self.progress,
+            lease,
             device=device,
         )
 
-    def _plan(self, memory: int, device: str) -> Plan:
+    def plan(self, memory: int, device: str) -> Plan:
+        """Fit the tiles into replicas of `memory` bytes; a store that is there keeps its plan.
+
+        Raises:
+            StudyError: it does not fit.
+        """
         training = self.study.training
         _, plan = fit(
             self.gradients,

@@ -1,8 +1,8 @@
 """The distributed engine: training runs as Ray tasks, replicas as Ray actors, one wait loop.
 
-The only module of the package that imports ray. It adds placement and retries to `train` and
-`Replica`, and nothing numeric. Numbers go from a replica to the store; what comes back here is a
-receipt.
+With metrics.py the only module of the package that imports ray. It adds placement and retries to
+`train` and `Replica`, and nothing numeric. Numbers go from a replica to the store; what comes back
+here is a receipt.
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray
 import ray.exceptions
 import torch
+from ray.autoscaler.sdk import request_resources
 
 from distributed_stiffness.checkpoints import Checkpoints, TrainingRun
 from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.engine.job import Job
+from distributed_stiffness.engine.lease import Lease
+from distributed_stiffness.engine.metrics import Metrics
+from distributed_stiffness.engine.prediction import Speed
 from distributed_stiffness.engine.prepare import Prepared, Run
 from distributed_stiffness.engine.replica import Receipt, Replica
 from distributed_stiffness.engine.resources import (
@@ -38,6 +42,7 @@ from distributed_stiffness.engine.resources import (
     choose_shape,
     require_fit,
 )
+from distributed_stiffness.engine.scheduler import IN_FLIGHT
 from distributed_stiffness.errors import ClusterError, StiffnessError
 from distributed_stiffness.plan import Plan
 from distributed_stiffness.progress import Progress
@@ -46,19 +51,20 @@ from distributed_stiffness.tiling import Task
 from distributed_stiffness.training import TrainingEvent, train
 
 WAIT_SECONDS = 1.0  # the longest pause between two looks at the cluster
+TILES_OF_A_REPLICA = 8  # that make it worth while to ask an autoscaler for one more
 IDLE_SECONDS = 10.0  # a replica without work for so long is released while training goes on
 PATIENCE_SECONDS = 20.0  # without anything that runs, before it is said what is waited for
 MAX_LOST_REPLICAS = 20  # replicas that may die with no task done between
 MAX_LOST_TRAININGS = 3  # times that one training run may lose its worker
 
 
-def run_on_ray(prepared: Prepared) -> None:
+def run_on_ray(prepared: Prepared, lease: Lease) -> None:
     """Compute a study on a Ray cluster, or on a local Ray that is started for it."""
     run, progress = prepared.run, prepared.progress
     with _session(run, prepared.data, progress):
         shape = _shape(run, progress)
         progress.say(shape.describe())
-        job = prepared.job(memory=shape.memory, device=shape.device)
+        job = prepared.job(lease, memory=shape.memory, device=shape.device)
         _Driver(job, shape, run.max_replicas).run_to_the_end()
         job.finish()
 
@@ -68,7 +74,7 @@ def run_on_ray(prepared: Prepared) -> None:
 
 @ray.remote
 class _ReplicaActor:
-    """A `Replica` in a process of its own."""
+    """A `Replica` in a process of its own, with a thread for each task in flight."""
 
     def build(
         self,
@@ -78,16 +84,23 @@ class _ReplicaActor:
         store: str,
         checkpoints: str,
         shape: ReplicaShape,
-    ) -> None:
+        measure: bool,
+    ) -> Speed | None:
         """Build the replica; not in __init__, whose errors Ray keeps to itself."""
-        torch.set_num_threads(shape.threads)
+        self.threads = shape.threads
+        torch.set_num_threads(self.threads)
         self.replica = Replica(
             study, data, plan, store=store, checkpoints=checkpoints, device=shape.device
         )
+        self.metrics = Metrics()
+        return self.replica.measure() if measure else None
 
     def run(self, task: Task) -> Receipt:
         """Compute a task."""
-        return self.replica.run(task)
+        torch.set_num_threads(self.threads)  # of this thread
+        receipt = self.replica.run(task)
+        self.metrics.count(receipt, self.replica.plan)
+        return receipt
 
 
 @ray.remote  # type: ignore[untyped-decorator]  # ray is not typed
@@ -130,6 +143,7 @@ class _Driver:
         self._lost_trainings: Counter[TrainingRun] = Counter()
         self._lost_in_a_row = self._started = 0
         self._nothing_since = time.monotonic()
+        self._speed: Speed | None = None
 
     def run_to_the_end(self) -> None:
         """Run until nothing is left that can be done."""
@@ -199,7 +213,7 @@ class _Driver:
     def _replica_answered(self, name: str) -> None:
         actor = self._actors[name]
         try:
-            ray.get(actor.ready)
+            speed = ray.get(actor.ready)
         except ray.exceptions.RayTaskError as error:
             cause = _cause(error)
             if isinstance(cause, StiffnessError):
@@ -212,6 +226,9 @@ class _Driver:
         else:
             actor.ready, actor.idle_since = None, time.monotonic()
             self._job.scheduler.replica_ready(name)
+            if self._speed is None and speed is not None:
+                self._speed = speed
+                self._job.measured(speed, replicas=len(self._actors))
 
     def _training_went_on(self, generator: Any) -> None:
         run = self._trainings[generator]
@@ -262,9 +279,12 @@ class _Driver:
                     self._release(name)
 
     def _most_replicas(self) -> int:
+        """As many as there is room for; more where they can come, and would find work."""
         if self._max_replicas is not None:
             return self._max_replicas
         fitting = sum(self._shape.fits_on(node) for node in nodes())
+        if _autoscaler_helps():
+            fitting = max(fitting, self._job.scheduler.waiting // TILES_OF_A_REPLICA)
         return max(1, fitting)
 
     def _start_replica(self) -> None:
@@ -272,23 +292,32 @@ class _Driver:
         self._started += 1
         name = f"replica-{self._started}"
         handle = _ReplicaActor.options(  # type: ignore[attr-defined]
-            max_restarts=0, **self._shape.resources()
+            max_restarts=0, max_concurrency=IN_FLIGHT, **self._shape.resources()
         ).remote()
         built = handle.build.remote(
-            job.study, self._data, job.plan, job.store.url, job.checkpoints, self._shape
+            job.study,
+            self._data,
+            job.plan,
+            job.store.url,
+            job.checkpoints,
+            self._shape,
+            measure=self._speed is None,
         )
         self._actors[name] = _Actor(handle, built)
 
     def _replica_lost(self, name: str, error: BaseException) -> None:
         if name not in self._actors:
             return  # its other task told us already
+        at_work = len(self._actors)
         lost = self._job.scheduler.replica_lost(name, error=_first_line(error))
         self._release(name)
         self._lost_in_a_row += 1
+        if isinstance(error, ray.exceptions.OutOfMemoryError):  # Ray's memory monitor ended it
+            self._job.shrink(f"{name} was ended for lack of memory on its node")
         self._job.progress.say(
             f"{name} died ({_first_line(error)}); {len(lost)} of its tasks go to another"
         )
-        if self._lost_in_a_row > MAX_LOST_REPLICAS:
+        if self._lost_in_a_row > max(MAX_LOST_REPLICAS, 2 * at_work):
             raise ClusterError(
                 f"{self._lost_in_a_row} replicas died with no task done between, the last with:"
                 f" {error}. If they run out of memory, give a smaller --memory or fewer"
@@ -321,16 +350,17 @@ def _shape(run: Run, progress: Progress) -> ReplicaShape:
     if patience is None:
         patience = 1800.0 if _autoscaler_helps() else 0.0
     deadline = time.monotonic() + patience
-    while True:
-        try:
-            require_fit(nodes(), device=run.device, threads=run.threads)
-            break
-        except ClusterError as error:
-            if time.monotonic() >= deadline:
-                raise
-            progress.say(f"waiting for nodes: {error}")
-            _request_nodes(run)
-            time.sleep(min(15.0, patience))
+    with _no_nodes_requested_after():
+        while True:
+            try:
+                require_fit(nodes(), device=run.device, threads=run.threads)
+                break
+            except ClusterError as error:
+                if time.monotonic() >= deadline:
+                    raise
+                progress.say(f"waiting for nodes: {error}")
+                _request_nodes(run)
+                time.sleep(min(15.0, patience))
     shape = choose_shape(nodes(), device=run.device, threads=run.threads, memory=run.memory)
     if shape.device == "cuda" and run.memory is None:
         free = ray.get(_free_gpu_memory.options(num_gpus=1, num_cpus=0).remote())
@@ -339,9 +369,17 @@ def _shape(run: Run, progress: Progress) -> ReplicaShape:
 
 
 def _request_nodes(run: Run) -> None:
-    from ray.autoscaler.sdk import request_resources
-
     request_resources(bundles=[{"GPU": 1}] if run.device == "cuda" else [{"CPU": run.threads or 1}])
+
+
+@contextlib.contextmanager
+def _no_nodes_requested_after() -> Iterator[None]:
+    """Withdraw requests at the end: Ray keeps them, and with them a node that is paid for."""
+    try:
+        yield
+    finally:
+        if _autoscaler_helps():
+            request_resources(bundles=[])
 
 
 def _autoscaler_helps() -> bool:

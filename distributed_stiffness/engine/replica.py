@@ -5,11 +5,13 @@ A plain class; Ray makes an actor of it (ray.py), the serial runner calls it (se
 
 from __future__ import annotations
 
+import math
 import resource
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from distributed_stiffness.checkpoints import Checkpoints
 from distributed_stiffness.data.selection import StudyData
+from distributed_stiffness.engine.prediction import Speed
 from distributed_stiffness.errors import GradientError
 from distributed_stiffness.gradients.error_bound import HALF, error_bound, sample_examples
 from distributed_stiffness.gradients.gram import Rows, collect, cosine, folded_product
@@ -31,6 +34,10 @@ MakeRows = Callable[[slice, list[Rows] | None], list[Rows]]
 Product = Callable[[Rows, Rows], Tensor]
 
 _ARRAYS = {"pairs": "cosine", "distance": "distance"}
+_MODELS = 2  # networks kept loaded: of the task that computes, and of the next
+# A speed is measured over so many multiply-adds, and rows: enough for nearly the full speed.
+_MEASURED_WORK, _MEASURED_ROWS = {"cpu": 2e10, "cuda": 2e12}, 512
+_OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "Cannot allocate memory")
 
 
 @dataclass(frozen=True)
@@ -38,13 +45,40 @@ class Receipt:
     """What a task took; the numbers themselves are in the store."""
 
     task: Task
-    seconds: float
+    seconds: float  # computing, then writing
+    making_seconds: float  # of gradients
     write_seconds: float
+    gradients: int  # made
+    pairs: int  # multiplied
+    bytes_written: int  # of numbers, before compression
     peak_memory: int  # bytes, of the process, so far
+    memory: int  # bytes of the budget: less than the plan's after running out of memory
+    retries: int  # of requests to the store
+
+    def operations(self, plan: Plan) -> float:
+        """Return the floating-point operations of gradients, two for a multiply-add."""
+        if self.task.kind != "pairs":
+            return 0.0
+        return 2.0 * (self.gradients * plan.making_work + self.pairs * plan.pair_work)
+
+
+@dataclass
+class _Work:
+    """What a task has made, and what it took so far."""
+
+    tiles: dict[int, np.ndarray]  # by row
+    examples: dict[str, np.ndarray] = field(default_factory=dict)
+    making_seconds: float = 0.0
+    gradients: int = 0
+    pairs: int = 0
+    bytes_written: int = 0
 
 
 class Replica:
-    """Computes the tasks of one study."""
+    """Computes the tasks of one study.
+
+    Two threads may run tasks: one computes, the other reads a checkpoint or writes tiles.
+    """
 
     def __init__(
         self,
@@ -59,24 +93,96 @@ class Replica:
         self.study, self.data, self.plan, self.device = study, data, plan, device
         self.store, self.checkpoints = Store(store), Checkpoints(checkpoints)
         self._held = _HeldRows(int(ROWS_SHARE * plan.memory))
+        self._models: OrderedDict[Checkpoint, nn.Module] = OrderedDict()
         self._gradients: tuple[Checkpoint, PerExampleGradients] | None = None
-        self._write_seconds = 0.0
+        self._work = _Work({})
+        self._loading, self._computing = threading.Lock(), threading.Lock()
 
     def run(self, task: Task) -> Receipt:
         """Compute a task and write what it makes; doing it again writes the same.
 
+        A task that another replica has finished meanwhile is not computed again. Out of memory, the
+        blocks are halved, and the task is tried again.
+
         Raises:
             GradientError: the checkpoint's outputs are not finite.
             StoreError: a checkpoint cannot be read or the store cannot be written.
+            StudyError: the smallest blocks do not fit into the memory.
         """
-        started, self._write_seconds = time.monotonic(), 0.0
-        {"pairs": self._pairs, "distance": self._distance, "check": self._check}[task.kind](task)
+        retries = self.store.retries
+        if task.checkpoint is not None:
+            self._model(task.checkpoint)  # reads, while another thread computes
+        with self._computing:
+            began = time.monotonic()
+            work = self._computed(task)
+            computing = time.monotonic() - began
+        began = time.monotonic()
+        self._write(task, work)
+        writing = time.monotonic() - began
         return Receipt(
             task,
-            time.monotonic() - started,
-            self._write_seconds,
+            seconds=computing + writing,
+            making_seconds=work.making_seconds,
+            write_seconds=writing,
+            gradients=work.gradients,
+            pairs=work.pairs,
+            bytes_written=work.bytes_written,
             peak_memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            memory=self.plan.memory,
+            retries=self.store.retries - retries,
         )
+
+    def measure(self) -> Speed:
+        """Measure what gradients and their products take, on a network before training."""
+        seed = self.study.training.seeds[0]
+        gradients = self._per_example(build_model(self.study, self.data, seed).to(self.device))
+        few = slice(0, min(self.plan.batch, self.plan.n_examples))
+
+        def make() -> Rows:
+            return gradients.rows(*self._examples(few))
+
+        made = make()
+        making = self._seconds(make)
+        enough = math.isqrt(int(_MEASURED_WORK[self.device] / max(1, self.plan.pair_work)))
+        rows = made.empty(min(self.plan.strip, _MEASURED_ROWS, max(len(made), enough)))
+        for part in pieces(slice(0, len(rows)), len(made)):
+            rows[part].copy_(made[: part.stop - part.start])
+        columns = rows[:]  # another object: a block with itself is half the work
+        multiplying = self._seconds(lambda: cosine(rows, columns, gradients.precision))
+        return Speed(making / len(made), multiplying / len(rows) ** 2)
+
+    def _seconds(self, function: Callable[[], object]) -> float:
+        function()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        started = time.monotonic()
+        function()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.monotonic() - started
+
+    def _computed(self, task: Task) -> _Work:
+        """Compute a task that nobody has finished, with smaller blocks if it must be."""
+        if task.tiles and self.store.has(_ARRAYS[task.kind], task.checkpoint, task.tiles):
+            return _Work({})
+        while True:
+            self._work = _Work({})
+            try:
+                _KINDS[task.kind](self, task)
+                return self._work
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Out of the handler: its traceback holds tensors.
+            self._shrink()
+
+    def _shrink(self) -> None:
+        self._held.clear()
+        self._work = _Work({})
+        self.plan = self.plan.halved()
+        self._held = _HeldRows(int(ROWS_SHARE * self.plan.memory))
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
     # The three kinds of task
 
@@ -85,13 +191,17 @@ class Replica:
         gradients = self._gradients_of(checkpoint)
 
         def make(examples: slice, into: list[Rows] | None) -> list[Rows]:
-            return gradients.rows_by_recipe(*self._examples(examples), [gradients.recipe], into)
+            started = time.monotonic()
+            made = gradients.rows_by_recipe(*self._examples(examples), [gradients.recipe], into)
+            self._work.making_seconds += time.monotonic() - started
+            self._work.gradients += examples.stop - examples.start
+            return made
 
         def product(rows: Rows, columns: Rows) -> Tensor:
             return cosine(rows, columns, gradients.precision)
 
         if task.column in task.rows:
-            self._write_examples(checkpoint, task.column, task, make)
+            self._work.examples = self._numbers_of_examples(task, make)
         self._tiles(task, make, product)
 
     def _distance(self, task: Task) -> None:
@@ -143,7 +253,7 @@ class Replica:
     # Tiles
 
     def _tiles(self, task: Task, make: MakeRows, product: Product) -> None:
-        """Compute the tiles (I, column) for I in the task's rows; write them and their transposes.
+        """Compute the tiles (I, column) for I in the task's rows.
 
         The shape of every product follows from the plan alone, not from what else is held or
         missing, so that the same plan gives the same bits whatever happened before.
@@ -154,18 +264,24 @@ class Replica:
         strips = [
             (row, strip) for row in task.rows for strip in pieces(tiling.examples(row), plan.strip)
         ]
+
+        def fill(row: int, strip: slice, block: slice, values: Tensor) -> None:
+            top, left = strip.start - tiling.examples(row).start, block.start - columns.start
+            tiles[row][top : top + len(values), left : left + values.shape[1]].copy_(values)
+            self._work.pairs += values.numel() // (2 if block is strip else 1)
+
         for group in _groups(strips, plan.panel_rows // plan.strip):
-            held = [self._rows(task, strip, make) for _, strip in group]
-            for block, block_rows in self._column_blocks(task, columns, make):
-                place = slice(block.start - columns.start, block.stop - columns.start)
-                for (row, strip), strip_rows in zip(group, held, strict=True):
-                    if block.stop <= strip.start:
-                        continue  # below the diagonal
-                    top = strip.start - tiling.examples(row).start
-                    part = tiles[row][top : top + len(strip_rows), place]
-                    part.copy_(product(strip_rows, block_rows))
-        for row, values in tiles.items():
-            self._write_tile(task, row, values.numpy())
+            held = [(row, strip, self._rows(task, strip, make)) for row, strip in group]
+            for row, strip, rows in held:
+                if row == task.column:  # a product with itself is known to be symmetric
+                    fill(row, strip, strip, product(rows, rows))
+            for across in pieces(columns, plan.strip):
+                # Neither what lies below the diagonal nor what is on it.
+                wanting = [h for h in held if h[0] != task.column or across.start >= h[1].stop]
+                for block, block_rows in self._blocks(task, across, make) if wanting else ():
+                    for row, strip, rows in wanting:
+                        fill(row, strip, block, product(rows, block_rows))
+        self._work.tiles = {row: values.numpy() for row, values in tiles.items()}
 
     def _rows(self, task: Task, strip: slice, make: MakeRows) -> Rows:
         """Return the rows of a strip, from memory if they are held."""
@@ -174,52 +290,48 @@ class Replica:
             lambda: collect(make, strip, self.plan.batch)[0],
         )
 
-    def _column_blocks(
-        self, task: Task, columns: slice, make: MakeRows
-    ) -> Iterator[tuple[slice, Rows]]:
-        """Stream the rows of the task's column, block by block; nothing is made that is held."""
-        plan = self.plan
-        for strip in pieces(columns, plan.strip):
-            key = (task.kind, task.checkpoint, strip.start)
-            if plan.holds_all or key in self._held:
-                # The strip as it is held: a product with itself is then known to be symmetric.
-                yield strip, self._rows(task, strip, make)
-                continue
-            for block in pieces(strip, plan.block):
+    def _blocks(self, task: Task, strip: slice, make: MakeRows) -> Iterator[tuple[slice, Rows]]:
+        """Stream the rows of a strip of columns, block by block; nothing is made that is held."""
+        plan, whole = self.plan, None
+        if plan.holds_all or (task.kind, task.checkpoint, strip.start) in self._held:
+            whole = self._rows(task, strip, make)
+        for block in pieces(strip, plan.block):
+            if whole is not None:
+                yield block, whole[block.start - strip.start : block.stop - strip.start]
+            else:
                 yield block, collect(make, block, plan.batch)[0]
 
-    def _write_tile(self, task: Task, row: int, tile: np.ndarray) -> None:
-        started = time.monotonic()
-        if not np.isfinite(tile).all():
-            raise GradientError(f"{task}: a product is not finite")
-        name: str = _ARRAYS[task.kind]
-        if row == task.column:
-            # A product of rows with themselves need not be symmetric to the last bit.
-            tile = np.triu(tile) + np.triu(tile, 1).T
-            if task.kind == "distance":
-                np.fill_diagonal(tile, 0)
-        else:
-            self.store.write_tile(
-                name, task.checkpoint, (task.column, row), self.plan.tiling, tile.T
-            )
-        self.store.write_tile(name, task.checkpoint, (row, task.column), self.plan.tiling, tile)
-        self._write_seconds += time.monotonic() - started
+    def _write(self, task: Task, work: _Work) -> None:
+        """Write what a task has made: numbers of examples before the tile that says so."""
+        tiling, checkpoint = self.plan.tiling, task.checkpoint
+        if work.examples and checkpoint is not None:
+            self.store.write_examples(checkpoint, tiling.examples(task.column), **work.examples)
+        for row, tile in work.tiles.items():
+            if not np.isfinite(tile).all():
+                raise GradientError(f"{task}: a product is not finite")
+            name = _ARRAYS[task.kind]
+            if row == task.column:
+                # A product of rows with themselves need not be symmetric to the last bit.
+                tile = np.triu(tile) + np.triu(tile, 1).T
+                if task.kind == "distance":
+                    np.fill_diagonal(tile, 0)
+            else:
+                self.store.write_tile(name, checkpoint, (task.column, row), tiling, tile.T)
+                work.bytes_written += tile.nbytes
+            self.store.write_tile(name, checkpoint, (row, task.column), tiling, tile)
+            work.bytes_written += tile.nbytes
 
     # What a checkpoint needs
 
-    def _write_examples(
-        self, checkpoint: Checkpoint, chunk: int, task: Task, make: MakeRows
-    ) -> None:
-        """Write norm, loss and correct of a chunk, before the tile that says it is done."""
-        examples = self.plan.tiling.examples(chunk)
-        parts = [self._rows(task, strip, make) for strip in pieces(examples, self.plan.strip)]
-        self.store.write_examples(
-            checkpoint,
-            examples,
-            gradient_norm=_joined(part.norm for part in parts),
-            loss=_joined(part.loss for part in parts),
-            correct=_joined(part.correct for part in parts),
-        )
+    def _numbers_of_examples(self, task: Task, make: MakeRows) -> dict[str, np.ndarray]:
+        """Return norm, loss and correct of the examples of the task's column."""
+        strips = pieces(self.plan.tiling.examples(task.column), self.plan.strip)
+        parts = [self._rows(task, strip, make) for strip in strips]
+        return {
+            "gradient_norm": _joined(part.norm for part in parts),
+            "loss": _joined(part.loss for part in parts),
+            "correct": _joined(part.correct for part in parts),
+        }
 
     def _examples(self, examples: slice | np.ndarray) -> tuple[Tensor, Tensor]:
         inputs = torch.from_numpy(self.data.inputs(examples))
@@ -227,25 +339,49 @@ class Replica:
         return inputs.to(self.device), labels.to(self.device)
 
     def _model(self, checkpoint: Checkpoint) -> nn.Module:
-        run, iteration = training_run(self.study, checkpoint)
-        model = build_model(self.study, self.data, run.seed)
-        model.load_state_dict(dict(self.checkpoints.load_weights(run, iteration).tensors))
-        return model.to(self.device).eval()
+        """Return the network of a checkpoint; those of the last few are kept loaded."""
+        with self._loading:
+            if checkpoint not in self._models:
+                run, iteration = training_run(self.study, checkpoint)
+                weights = self.checkpoints.load_weights(run, iteration)
+                model = build_model(self.study, self.data, run.seed)
+                model.load_state_dict(dict(weights.tensors))
+                self._models[checkpoint] = model.to(self.device).eval()
+                while len(self._models) > _MODELS:
+                    self._models.popitem(last=False)
+            self._models.move_to_end(checkpoint)
+            return self._models[checkpoint]
 
     def _gradients_of(self, checkpoint: Checkpoint) -> PerExampleGradients:
-        """Return the gradients of a checkpoint's network; the last one is kept loaded."""
+        """Return the gradients of a checkpoint's network; the last one is kept."""
         if self._gradients is None or self._gradients[0] != checkpoint:
-            chosen = self.study.gradients
-            gradients = PerExampleGradients(
-                self._model(checkpoint),
-                self.study.loss,
-                self._examples(slice(0, 3)),
-                parameters=chosen.parameters,
-                precision=chosen.precision,
-                factored=self.plan.factored,
-            )
-            self._gradients = checkpoint, gradients
+            self._gradients = checkpoint, self._per_example(self._model(checkpoint))
         return self._gradients[1]
+
+    def _per_example(self, model: nn.Module) -> PerExampleGradients:
+        chosen = self.study.gradients
+        return PerExampleGradients(
+            model.eval(),
+            self.study.loss,
+            self._examples(slice(0, 3)),
+            parameters=chosen.parameters,
+            precision=chosen.precision,
+            factored=self.plan.factored,
+        )
+
+
+_KINDS: Mapping[str, Callable[[Replica, Task], None]] = {
+    "pairs": Replica._pairs,
+    "distance": Replica._distance,
+    "check": Replica._check,
+}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had: torch has several."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 class _HeldRows:
@@ -267,6 +403,10 @@ class _HeldRows:
             self._rows[key] = make()
         self._rows.move_to_end(key)
         return self._rows[key]
+
+    def clear(self) -> None:
+        """Let everything go."""
+        self._rows.clear()
 
     def _total(self) -> int:
         return sum(rows.nbytes() for rows in self._rows.values())

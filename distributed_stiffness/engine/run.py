@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from distributed_stiffness.engine.lease import Lease
 from distributed_stiffness.engine.prepare import Run, prepare
 from distributed_stiffness.engine.serial import run_serially
 from distributed_stiffness.progress import Progress
@@ -21,10 +22,11 @@ def run_study(study: Study, run: Run, progress: Progress | None = None) -> str:
         with Progress(quiet=run.quiet) as progress:
             return run_study(study, run, progress)
     prepared = prepare(study, run, progress)
-    if run.engine == "serial":
-        run_serially(prepared)
-    else:
-        from distributed_stiffness.engine.ray import run_on_ray  # only here: imports ray
+    with Lease(run.store_url).held(progress) as lease:
+        if run.engine == "serial":
+            run_serially(prepared, lease)
+        else:
+            from distributed_stiffness.engine.ray import run_on_ray  # only here: imports ray
 
-        run_on_ray(prepared)
+            run_on_ray(prepared, lease)
     return run.store_url

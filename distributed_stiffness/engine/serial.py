@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from distributed_stiffness.engine.job import Job
+from distributed_stiffness.engine.lease import Lease
 from distributed_stiffness.engine.prepare import Prepared
 from distributed_stiffness.engine.replica import Replica
 from distributed_stiffness.training import train
@@ -13,12 +14,13 @@ NAME = "this process"
 MEMORY = 2 * 2**30  # bytes, where nothing is said
 
 
-def run_serially(prepared: Prepared) -> None:
+def run_serially(prepared: Prepared, lease: Lease) -> None:
     """Train, compute and check everything that the store lacks."""
     run = prepared.run
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     job = prepared.job(
+        lease,
         memory=run.memory or MEMORY,
         device="cpu" if run.device == "auto" else run.device,
     )
@@ -47,6 +49,8 @@ def _compute(job: Job) -> None:
         checkpoints=job.checkpoints,
         device=job.device,
     )
+    if not job.scheduler.idle:
+        job.measured(replica.measure(), replicas=1)
     job.scheduler.replica_ready(NAME)
     while assignments := job.assign():
         for assignment in assignments:

@@ -49,11 +49,14 @@ def fit(
     if chosen != recipe.factored:
         gradients = gradients.with_factored(chosen)
         row_bytes, making_bytes = gradients.bytes_per_example()
+    work = gradients.work()
     plan = make_plan(
         n_examples=n_examples,
         n_checkpoints=n_checkpoints,
         row_bytes=row_bytes,
         making_bytes=making_bytes,
+        making_work=work.making,
+        pair_work=work.pair,
         memory=memory,
         tile=tile,
         factored=chosen,

@@ -11,7 +11,7 @@ from torch import nn
 from distributed_stiffness.gradients.batches import Examples, count_examples, pair, take
 from distributed_stiffness.gradients.budget import fit, free_memory
 from distributed_stiffness.gradients.loss_head import Loss, WholeLoss
-from distributed_stiffness.gradients.per_example import PerExampleGradients
+from distributed_stiffness.gradients.per_example import FACTOR_BYTES, PerExampleGradients
 from distributed_stiffness.gradients.recipe import Recipe
 from distributed_stiffness.gradients.self_check import EXAMPLES
 from distributed_stiffness.plan import Plan, in_words
@@ -142,11 +142,7 @@ def explain(
     gradients = PerExampleGradients(model, loss, sample, parameters=parameters, precision=precision)
     gradients, plan = fit(gradients, n_examples=n, memory=memory or free_memory())
     recipe = gradients.recipe
-    pass_work = 2 * sum(
-        recipe.making_work[name]
-        for name in gradients.parameters
-        if gradients.parameters[name].dim() > 1
-    )
+    pass_work = gradients.work().passes
     costs = list(_costs(gradients, recipe, pass_work))
     made = plan.gradients_per_example
 
@@ -174,7 +170,7 @@ def _costs(gradients: PerExampleGradients, recipe: Recipe, pass_work: int) -> It
             if layer is not None:
                 yield Cost(
                     layer.names, layer.numbers, rule, "factors", layer.positions, 0,
-                    layer.factored_work, layer.factored_numbers * itemsize, 0.0,
+                    layer.factored_work, layer.factored_numbers * FACTOR_BYTES, 0.0,
                 )  # fmt: skip
             continue
         form, making = "row", recipe.making_work[name]

@@ -45,13 +45,14 @@ from distributed_stiffness.gradients.loss_head import (
     whole_loss_head,
 )
 from distributed_stiffness.gradients.precision import full_float32, precision_mode
-from distributed_stiffness.gradients.recipe import Layer, Pass, Recipe, read_recipe
+from distributed_stiffness.gradients.recipe import Layer, Pass, Recipe, Work, read_recipe
 from distributed_stiffness.gradients.rules import Linear, Positions
 from distributed_stiffness.tiling import pieces
 
 # A part of the gradients is made for so many examples at a time that it stays in the cache until
 # it is in its place.
 _BYTES_AT_A_TIME = {"cpu": 4 * 2**20, "cuda": 2**28}
+FACTOR_BYTES = 4  # of a number in a factor, which is float32 in every precision (gram.py)
 # Squares of float32 numbers are summed in float32 while their sum lies between these.
 _SQUARES = 1e-20, 1e30
 
@@ -117,6 +118,15 @@ class PerExampleGradients:
         changed.recipe = self.recipe.with_factored(weights)
         return changed
 
+    def work(self) -> Work:
+        """Return what making and multiplying gradients costs."""
+        recipe, numbers = self.recipe, {name: p.numel() for name, p in self.parameters.items()}
+        passes = 2 * sum(recipe.making_work[n] for n, p in self.parameters.items() if p.dim() > 1)
+        making = passes + sum(recipe.making_work[name] for name in recipe.structured)
+        making += 2 * passes * len((*recipe.functional, *recipe.one_by_one))
+        pair = sum(recipe.layers[weight].factored_work for weight in recipe.factored)
+        return Work(passes, making, pair + sum(numbers[name] for name in recipe.dense))
+
     def bytes_per_example(self) -> tuple[int, int]:
         """Return what one example takes: its row as it is held, and while it is being made.
 
@@ -132,7 +142,7 @@ class PerExampleGradients:
         whole = (*recipe.functional, *recipe.one_by_one)
         making += 2 * itemsize * sum(self.parameters[name].numel() for name in whole)
         # At least 1: where no parameter is used a row is empty.
-        row = dense * self.precision.rows.itemsize + factors * torch.float32.itemsize
+        row = dense * self.precision.rows.itemsize + factors * FACTOR_BYTES
         return max(1, row), max(1, making)
 
     def rows(self, inputs: Nest, targets: Nest, into: Rows | None = None) -> Rows:

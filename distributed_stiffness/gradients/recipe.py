@@ -81,6 +81,15 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What gradients and their products cost, in multiply-adds."""
+
+    passes: int  # forward and backward pass over one example, without its parameters' gradients
+    making: int  # one example's gradient, passes included
+    pair: int  # the product of two gradients
+
+
+@dataclass(frozen=True)
 class Recipe:
     """By which rule the gradient of each parameter is made; parameters by name."""
 

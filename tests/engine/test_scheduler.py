@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -9,7 +10,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from distributed_stiffness.engine.scheduler import IN_FLIGHT, MAX_FAILURES, Scheduler
+from distributed_stiffness.engine.scheduler import (
+    COPIES,
+    IN_FLIGHT,
+    MAX_FAILURES,
+    SLOW_SECONDS,
+    Assignment,
+    Scheduler,
+)
 from distributed_stiffness.tiling import Checkpoint, Task, Tiling, tasks
 
 
@@ -19,23 +27,37 @@ def matrix(iteration: int, chunks: int = 4, panel_chunks: int = 2) -> list[Task]
     return tasks("pairs", Checkpoint(0, 0, iteration), tiling, panel_chunks=panel_chunks, done=())
 
 
+Cell = tuple[object, ...]
+
+
+def cells(*tasks_: Task) -> set[Cell]:
+    """What tasks compute, whatever they were cut into."""
+    return {
+        (task.kind, task.checkpoint, row, task.column)
+        for task in tasks_
+        for row in task.rows or (None,)
+    }
+
+
 class Study(RuleBasedStateMachine):
     """Replicas come, die, compute and fail in any order; checkpoints appear meanwhile.
 
     What is known to the replicas is kept here, apart from the scheduler: `running` is what each of
-    them was given and has not answered.
+    them was given and has not answered. Tasks may be cut, so that tiles are counted.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.scheduler = Scheduler()
-        self.known: set[Task] = set()
-        self.finished: set[Task] = set()
+        self.added: set[Task] = set()
+        self.known: set[Cell] = set()
+        self.finished: set[Cell] = set()
         self.running: dict[str, list[Task]] = {}
         self.last: dict[str, Task] = {}
-        self.failed_on: dict[Task, set[str]] = {}
-        self.failures: Counter[Task] = Counter()
+        self.failed_on: dict[Cell, set[str]] = {}
+        self.failures: Counter[Cell] = Counter()
         self.replicas_seen = self.iterations = 0
+        self.now = 0.0
 
     # What happens
 
@@ -44,10 +66,14 @@ class Study(RuleBasedStateMachine):
         self.iterations += 1
         self.add(matrix(self.iterations, chunks, panel_chunks))
 
-    @precondition(lambda self: self.known)
+    @rule()
+    def a_checkpoint_is_to_be_checked(self):
+        self.add([Task("check", Checkpoint(0, 0, self.iterations))])
+
+    @precondition(lambda self: self.added)
     @rule(data=st.data())
     def known_tasks_are_added_again(self, data):
-        self.add([data.draw(st.sampled_from(sorted(self.known, key=str)))])
+        self.add([data.draw(st.sampled_from(sorted(self.added, key=str)))])
 
     @precondition(lambda self: len(self.running) < 5)
     @rule()
@@ -73,19 +99,20 @@ class Study(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.running)))
         lost = self.running.pop(name)
         self.last.pop(name, None)
+        over = bool(lost) and self.is_over(lost[0])
 
         assert self.scheduler.replica_lost(name, error="killed") == lost
-        if lost and lost[0] not in self.scheduler.done:
-            self.failed_on.setdefault(lost[0], set()).add(name)
-            self.failures[lost[0]] += 1
+        if lost and not over:
+            self.count_failure(name, lost[0])
 
     @precondition(lambda self: any(self.running.values()))
-    @rule(data=st.data())
-    def a_task_is_done(self, data):
+    @rule(data=st.data(), seconds=st.none() | st.floats(0.1, 10))
+    def a_task_is_done(self, data, seconds):
         name, task = self.some_running(data)
 
-        assert self.scheduler.task_done(name, task) == (task not in self.finished)
-        self.finished.add(task)
+        is_new = not cells(task) & self.finished
+        assert self.scheduler.task_done(name, task, seconds) == is_new
+        self.finished |= cells(task)
 
     @precondition(lambda self: any(self.running.values()))
     @rule(data=st.data())
@@ -98,29 +125,30 @@ class Study(RuleBasedStateMachine):
     def a_task_cannot_succeed(self, data):
         """A broken checkpoint: the task that found out, and the others of the checkpoint."""
         name, task = self.some_running(data)
-        self.scheduler.give_up(task, "broken checkpoint")
-        self.fails(name, task)
-        for other in self.known - self.finished:
-            if other.checkpoint == task.checkpoint:
-                self.scheduler.give_up(other, "broken checkpoint")
+        for other in {task, *self.scheduler.open_tasks(task.checkpoint)} - self.scheduler.done:
+            self.scheduler.give_up(other, "broken checkpoint")
+        assert not [
+            cell
+            for cell in self.waiting()
+            if cell[1] == task.checkpoint and cell not in cells(*self.scheduler.set_aside)
+        ]
+        self.scheduler.task_failed(name, task, "it failed")
 
-    @rule()
-    def tasks_are_handed_out(self):
+    @rule(seconds=st.floats(0, 100))
+    def tasks_are_handed_out(self, seconds):
+        self.now += seconds
         self.assign()
 
     # What holds
 
     @invariant()
-    def every_task_is_in_one_place(self):
+    def every_tile_is_in_one_place(self):
         """Done, set aside, running or waiting: never lost, never in two of them."""
-        running = [task for tasks_ in self.running.values() for task in tasks_]
-        aside = set(self.scheduler.set_aside)
+        aside = cells(*self.scheduler.set_aside)
 
-        assert len(running) == len(set(running))
-        assert self.scheduler.done == self.finished
+        assert cells(*self.scheduler.done) == self.finished
         assert not aside & self.finished
-        elsewhere = self.finished | aside | set(running)
-        assert self.scheduler.waiting == len(self.known - elsewhere)
+        assert self.scheduler.waiting == len(self.waiting() - aside)
 
     @invariant()
     def a_replica_has_few_tasks(self):
@@ -130,9 +158,15 @@ class Study(RuleBasedStateMachine):
             assert self.scheduler.tasks_of(name) == tasks_
 
     @invariant()
+    def no_more_than_two_copies(self):
+        """A task that is slow is doubled, once."""
+        given = Counter(task for tasks_ in self.running.values() for task in tasks_)
+        assert all(copies <= COPIES for copies in given.values())
+
+    @invariant()
     def idle_when_nothing_is_left(self):
-        busy = self.scheduler.waiting > 0 or any(self.running.values())
-        assert self.scheduler.idle != busy
+        busy = any(not cells(t) <= self.finished for ts in self.running.values() for t in ts)
+        assert self.scheduler.idle != (self.scheduler.waiting > 0 or busy)
 
     def teardown(self):
         """With one replica that works, everything comes to an end."""
@@ -144,19 +178,23 @@ class Study(RuleBasedStateMachine):
                 while self.running[name]:
                     task = self.running[name].pop()
                     self.scheduler.task_done(name, task)
-                    self.finished.add(task)
+                    self.finished |= cells(task)
             if self.scheduler.idle:
                 break
 
         assert self.scheduler.idle
-        assert self.finished | set(self.scheduler.set_aside) == self.known
-        self.every_task_is_in_one_place()
+        assert self.finished | cells(*self.scheduler.set_aside) == self.known
+        self.every_tile_is_in_one_place()
 
     # The replicas' side
 
     def add(self, new):
-        self.known |= set(new)
+        self.added |= set(new)
+        self.known |= cells(*new)
         self.scheduler.add(new)
+
+    def is_over(self, task) -> bool:
+        return cells(task) <= self.finished or task in self.scheduler.set_aside
 
     def some_running(self, data) -> tuple[str, Task]:
         name = data.draw(st.sampled_from(sorted(n for n, t in self.running.items() if t)))
@@ -165,38 +203,64 @@ class Study(RuleBasedStateMachine):
         return name, task
 
     def fails(self, name, task):
-        was_aside = task in self.scheduler.set_aside
-        self.failed_on.setdefault(task, set()).add(name)
-        self.failures[task] += 1
+        over = self.is_over(task)
         self.scheduler.task_failed(name, task, "it failed")
-        if not was_aside:
-            assert (task in self.scheduler.set_aside) == (self.failures[task] >= MAX_FAILURES)
+        if not over:
+            self.count_failure(name, task)
+
+    def count_failure(self, name, task):
+        """Three failures are enough, but another replica that is at it may still succeed."""
+        for cell in cells(task):
+            self.failed_on.setdefault(cell, set()).add(name)
+            self.failures[cell] += 1
+        elsewhere = any(task in tasks_ for tasks_ in self.running.values())
+        enough = all(self.failures[cell] >= MAX_FAILURES for cell in cells(task))
+        assert (task in self.scheduler.set_aside) == (enough and not elsewhere)
 
     def assign(self):
         aside, waiting = set(self.scheduler.set_aside), self.waiting()
-        for assignment in self.scheduler.assign():
+        aside_cells = cells(*aside)
+        waiting -= aside_cells
+        running = {task for tasks_ in self.running.values() for task in tasks_}
+        for assignment in self.scheduler.assign(self.now):
             name, task = assignment.replica, assignment.task
-            assert task in waiting
-            assert task not in aside | self.finished
+            assert not cells(task) & (aside_cells | self.finished)
             others = set(self.running) - {name}
-            assert name not in self.failed_on.get(task, ()) or self.failed_on[task] >= others
-            last = self.last.get(name)
-            if last is not None and task.panel != last.panel:
-                # It leaves the rows it holds only when there is nothing left to do with them.
-                assert not [t for t in waiting if t.panel == last.panel and self.may(name, t)]
-            waiting.remove(task)
+            failed_on = self.failed_on.get(next(iter(cells(task))), set())
+            assert name not in failed_on or failed_on >= others
+            if task in running:
+                # Doubled: nothing waits that this replica may do, and it has nothing else.
+                assert not self.running[name]
+                assert not [c for c in waiting if self.may(name, c)]
+            else:
+                assert cells(task) <= waiting
+                last = self.last.get(name)
+                if last is not None and task.panel != last.panel:
+                    # It leaves the rows it holds only when there is nothing left to do with them.
+                    rows = range(last.first_row, last.first_row + 3)
+                    assert not [
+                        c
+                        for c in waiting
+                        if (c[0], c[1]) == (last.kind, last.checkpoint)
+                        and c[2] in last.rows
+                        and c[2] in rows
+                        and self.may(name, c)
+                    ]
+                waiting -= cells(task)
             self.running[name].append(task)
+            running.add(task)
             self.last[name] = task
         for name, tasks_ in self.running.items():
             # No replica waits while there is something that it may do.
-            assert len(tasks_) == IN_FLIGHT or not [t for t in waiting if self.may(name, t)]
+            assert len(tasks_) == IN_FLIGHT or not [c for c in waiting if self.may(name, c)]
 
-    def waiting(self) -> set[Task]:
-        running = {task for tasks_ in self.running.values() for task in tasks_}
-        return self.known - self.finished - set(self.scheduler.set_aside) - running
+    def waiting(self) -> set[Cell]:
+        """Tiles that are neither done nor with a replica; some of them may be set aside."""
+        running = cells(*(task for tasks_ in self.running.values() for task in tasks_))
+        return self.known - self.finished - running
 
-    def may(self, name, task) -> bool:
-        failed_on = self.failed_on.get(task, set())
+    def may(self, name, cell) -> bool:
+        failed_on = self.failed_on.get(cell, set())
         return name not in failed_on or failed_on >= set(self.running)
 
 
@@ -245,7 +309,7 @@ class TestOrder:
     def test_one_task_goes_to_the_idlest(self, scheduler):
         """Work is spread before it is stacked."""
         scheduler.add(matrix(0, chunks=2, panel_chunks=2))
-        one, two = scheduler.assign()
+        one, two, _ = scheduler.assign()
 
         assert {one.replica, two.replica} == {"a", "b"}
 
@@ -258,12 +322,108 @@ class TestOrder:
 
         assert given_to(scheduler, "c") == lost
 
-    def test_the_order_of_ordinary_tasks(self, scheduler):
-        """Early checkpoints first, as they were added."""
-        scheduler.add(matrix(0, chunks=3, panel_chunks=1))
-        scheduler.add(matrix(1, chunks=3, panel_chunks=1))
+    def test_early_checkpoints_first(self, scheduler):
+        """As they were added."""
+        for iteration in range(3):
+            scheduler.add(matrix(iteration, chunks=4, panel_chunks=1))
 
-        assert {a.task.checkpoint.iteration for a in scheduler.assign()} == {0}
+        assert {a.task.checkpoint.iteration for a in scheduler.assign()} == {0, 1}
+
+    def test_a_checkpoint_each_as_long_as_there_are_enough(self, scheduler):
+        """Who shares a checkpoint makes gradients that another makes too."""
+        for iteration in range(4):
+            scheduler.add(matrix(iteration, chunks=4, panel_chunks=2))
+        seen = {"a": [], "b": []}
+        while scheduler.waiting:
+            for a in scheduler.assign():
+                seen[a.replica].append(a.task.checkpoint.iteration)
+                scheduler.task_done(a.replica, a.task)
+
+        changes = [sum(x != y for x, y in itertools.pairwise(found)) for found in seen.values()]
+        assert max(changes) <= 2  # one more than there would be with two each: the last is shared
+        assert sum(map(len, seen.values())) < 4 * 10 * 2
+
+    def test_no_task_is_more_than_a_part_of_what_waits(self):
+        """The end is cut fine, so that all end together; the beginning is not."""
+        scheduler = Scheduler()
+        replicas = [f"replica-{i}" for i in range(4)]
+        for name in replicas:
+            scheduler.replica_ready(name)
+        scheduler.add(matrix(0, chunks=16, panel_chunks=8))
+        sizes = []
+        while scheduler.waiting:
+            for assignment in scheduler.assign():
+                sizes.append(assignment.task.size)
+                scheduler.task_done(assignment.replica, assignment.task)
+
+        assert sum(sizes) == 16 * 17 // 2
+        assert max(sizes) == 8
+        assert set(sizes[-4:]) == {1}
+
+    def test_what_is_cut_goes_where_its_rows_are(self):
+        """A replica that has some of a task's rows takes these."""
+        task = Task("pairs", Checkpoint(0, 0, 0), rows=(0, 1, 2, 3), column=5, first_row=0)
+
+        part, rest = task.split(2, first={1, 3})
+
+        assert (part.rows, rest.rows) == ((1, 3), (0, 2))
+        assert (part.panel, part.column) == (task.panel, 5)
+
+
+class TestStragglers:
+    def one_each(self, scheduler):
+        """Two tasks of one tile, one for each replica."""
+        tasks_ = matrix(0, chunks=2, panel_chunks=1)[:2]
+        scheduler.add(tasks_)
+        assert len(scheduler.assign(0.0)) == 2
+        return tasks_
+
+    def test_what_another_has_not_begun(self):
+        """A replica that comes when nothing waits takes what is in another's queue."""
+        scheduler = Scheduler()
+        scheduler.replica_ready("a")
+        scheduler.add(matrix(0, chunks=2, panel_chunks=1)[:2])
+        _, queued = scheduler.assign(0.0)
+        scheduler.replica_ready("b")
+
+        assert scheduler.assign(0.0) == [Assignment("b", queued.task)]
+
+    def test_what_takes_three_times_as_long(self, scheduler):
+        """The first result counts; the run does not wait for the other."""
+        fast, slow = self.one_each(scheduler)
+        (fast_on,) = [n for n, tasks_ in scheduler.replicas().items() if tasks_ == [fast]]
+        scheduler.task_done(fast_on, fast, 10.0)
+        assert scheduler.assign(29.0) == []
+
+        assert scheduler.assign(31.0) == [Assignment(fast_on, slow)]
+        assert scheduler.assign(99.0) == []
+        assert not scheduler.idle
+        assert scheduler.task_done(fast_on, slow, 10.0)
+        assert scheduler.idle
+        assert scheduler.doubled == 1
+
+    def test_short_tasks_are_let_be(self, scheduler):
+        """A few seconds are no reason: a machine may have hiccups."""
+        fast, _ = self.one_each(scheduler)
+        (fast_on,) = [n for n, tasks_ in scheduler.replicas().items() if tasks_ == [fast]]
+        scheduler.task_done(fast_on, fast, 0.1)
+
+        assert scheduler.assign(SLOW_SECONDS - 1) == []
+
+    def test_a_copy_that_fails_leaves_the_other(self, scheduler):
+        """A task waits again only when nobody is at it."""
+        fast, slow = self.one_each(scheduler)
+        replicas = scheduler.replicas()
+        (fast_on,) = [n for n, tasks_ in replicas.items() if tasks_ == [fast]]
+        (slow_on,) = set(replicas) - {fast_on}
+        scheduler.task_done(fast_on, fast, 1.0)
+        scheduler.assign(20.0)
+        scheduler.task_failed(fast_on, slow, "no luck")
+
+        assert scheduler.waiting == 0
+        assert scheduler.tasks_of(slow_on) == [slow]
+        scheduler.replica_lost(slow_on)
+        assert scheduler.waiting == 1
 
 
 class TestFailures:
@@ -307,7 +467,7 @@ class TestFailures:
 
     def test_a_task_that_kills_its_replicas(self):
         """A task that three replicas died of is set aside; the one queued behind it is not."""
-        first, second = matrix(0, 2, 2)[:2]
+        first, second = matrix(0, 2, 1)[:2]
         scheduler = Scheduler()
         scheduler.add([first, second])
         for name in "abc":
