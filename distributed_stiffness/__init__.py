@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         layer_cosines,
     )
     from distributed_stiffness.study import Study
+    from distributed_stiffness.verify import verify_store
 
 _HOMES = {
     "Run": "engine",
@@ -33,6 +34,7 @@ _HOMES = {
     "gradient_norms": "gradients",
     "gram_matrix": "gradients",
     "layer_cosines": "gradients",
+    "verify_store": "verify",
 }
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "gram_matrix",
     "layer_cosines",
     "run_study",
+    "verify_store",
 ]
 
 

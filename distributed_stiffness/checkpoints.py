@@ -136,6 +136,23 @@ class Checkpoints:
         for part in ("model", "training"):
             self._fs.rm_file(self._path(run, iteration, part, rolling))
 
+    def path(self, run: TrainingRun, iteration: int) -> str:
+        """Return where the weights of a checkpoint are, or would be."""
+        return self._path(run, iteration, "model")
+
+    def set_aside(self, run: TrainingRun, iteration: int) -> str:
+        """Rename a checkpoint's weights, so that it is made again; return their new path.
+
+        Raises:
+            StoreError: they cannot be renamed.
+        """
+        path = self.path(run, iteration)
+        try:
+            self._fs.mv(path, f"{path}.aside")
+        except OSError as error:
+            raise StoreError(f"cannot rename the checkpoint {path}: {error}") from error
+        return f"{path}.aside"
+
     def _folder(self, run: TrainingRun) -> str:
         return f"{self._root}/learning_rate={run.learning_rate!r}/seed={run.seed}"
 

@@ -75,12 +75,8 @@ def run(
     address: Annotated[str | None, typer.Option(help="Ray cluster to join.")] = None,
 ) -> None:
     """Run a study file, as a store keeps it in its attribute `study`."""
-    try:
-        text = study.read_text()
-    except OSError as error:
-        raise StudyError(f"cannot read the study file {study}: {error}") from error
-    chosen = build_study(lambda: Study.model_validate_json(text))
-    compute_and_present(chosen, _checked_run(store=store, data_directory=data_dir, address=address))
+    chosen = _checked_run(store=store, data_directory=data_dir, address=address)
+    compute_and_present(_read_study(study), chosen)
 
 
 @app.command()
@@ -95,6 +91,92 @@ def report(
 
     with _interruptible(), Progress() as progress:
         _say(present(store, folder or beside(store), progress))
+
+
+@app.command()
+def verify(
+    store: Annotated[str, typer.Argument(help="Path or URL of a store.")],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Delete what is wrong and compute it again.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    checkpoints: Annotated[
+        str | None, typer.Option(help="Folder or URL of checkpoints; default: beside the store.")
+    ] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Folder of data sets.")] = None,
+    download: Annotated[bool, typer.Option(help="Download data that are missing.")] = True,
+    sample: Annotated[
+        int, typer.Option(help="Examples of each chunk that are computed again.")
+    ] = 3,
+    engine: Annotated[
+        str, typer.Option(help="Of a repair: ray, or serial: this process alone.")
+    ] = "ray",
+    address: Annotated[str | None, typer.Option(help="Of a repair: Ray cluster to join.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of a repair: memory of a replica, such as 4GB.")
+    ] = None,
+) -> None:
+    """Read every chunk of a store, check its numbers, and compute a sample of them again.
+
+    Exit code 0: nothing is wrong, or all was repaired; 1: something is.
+    """
+    from distributed_stiffness.verify import verify_store
+
+    chosen = _checked_run(
+        store=store,
+        checkpoints=checkpoints,
+        data_directory=data_dir,
+        download=download,
+        engine=engine,
+        address=address,
+        memory=_bytes(memory),
+    )
+    with _interruptible(), Progress() as progress, contextlib.redirect_stdout(sys.stderr):
+        found = verify_store(chosen, repair=repair, sample=sample, progress=progress)
+    _say([json.dumps(found.to_json())] if as_json else found.lines())
+    if not found.is_well:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(
+    store: Annotated[str, typer.Argument(help="Path or URL of a store.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say how far a study is: done, missing, who computes what, time left.
+
+    Reads only, so that it can be asked while the study runs.
+
+    Example: stiffness status results/cifar100.zarr
+    """
+    from distributed_stiffness.engine.status import status as look
+
+    found = look(store)
+    _say([json.dumps(found.to_json())] if as_json else list(found.lines()))
+
+
+@app.command()
+def plan(
+    study: Annotated[Path, typer.Argument(help="A study file (JSON).")],
+    store: Annotated[
+        str, typer.Option(help="Path or URL of the store; one that is there keeps its plan.")
+    ] = "results/study.zarr",
+    data_dir: Annotated[str | None, typer.Option(help="Folder of data sets.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of a replica, such as 4GB; default: half of what is free.")
+    ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="That work side by side.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say what a study will cost before it runs: operations, bytes, time.
+
+    The time is that of replicas as fast as this process, which is measured for a second or two.
+
+    Example: stiffness plan study.json --replicas 8 --memory 4GB
+    """
+    chosen = _checked_run(store=store, data_directory=data_dir, memory=_bytes(memory))
+    with _interruptible():
+        show_plan(_read_study(study), chosen, replicas=replicas, as_json=as_json)
 
 
 @app.command()
@@ -256,6 +338,13 @@ def job(study: Study, *, store: str, description: str | None) -> None:
             typer.Option(help="Seconds to wait for a node that fits; default: if autoscaled."),
         ] = None,
         engine: Annotated[str, typer.Option(help="ray, or serial: this process alone.")] = "ray",
+        rows: Annotated[
+            str | None,
+            typer.Option(help="FIRST:LAST, rows to compute now; a later run adds the rest."),
+        ] = None,
+        plan_only: Annotated[
+            bool, typer.Option("--plan", help="Say what it will cost, and stop.")
+        ] = False,
     ) -> None:
         chosen = build_study(
             lambda: study.model_validate(
@@ -295,25 +384,55 @@ def job(study: Study, *, store: str, description: str | None) -> None:
                 }
             )
         )
-        compute_and_present(
-            chosen,
-            _checked_run(
-                store=store,
-                checkpoints=checkpoints,
-                data_directory=data_dir,
-                download=download,
-                address=address,
-                device=device,
-                max_replicas=max_replicas,
-                threads=threads,
-                memory=_bytes(memory),
-                wait_for_nodes=wait_for_nodes,
-                engine=engine,
-            ),
-            folder=figures,
+        how = _checked_run(
+            store=store,
+            checkpoints=checkpoints,
+            data_directory=data_dir,
+            download=download,
+            address=address,
+            device=device,
+            max_replicas=max_replicas,
+            threads=threads,
+            memory=_bytes(memory),
+            wait_for_nodes=wait_for_nodes,
+            engine=engine,
+            rows=_rows(rows),
         )
+        if plan_only:
+            with _interruptible():
+                show_plan(chosen, how, replicas=max_replicas or 1)
+        else:
+            compute_and_present(chosen, how, folder=figures)
 
     run_app(command)
+
+
+def _read_study(path: Path) -> Study:
+    """Read a study file.
+
+    Raises:
+        StudyError: it cannot be read, or is no study.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise StudyError(f"cannot read the study file {path}: {error}") from error
+    return build_study(lambda: Study.model_validate_json(text))
+
+
+def show_plan(study: Study, chosen: Any, *, replicas: int, as_json: bool = False) -> None:
+    """Print what a study will cost."""
+    from distributed_stiffness.engine.prediction import predict
+    from distributed_stiffness.engine.prepare import prepare
+    from distributed_stiffness.gradients.budget import free_memory
+
+    with Progress(quiet=as_json) as progress:
+        prepared = prepare(study, chosen, progress)
+        made = prepared.plan(chosen.memory or free_memory() // replicas, "cpu")
+        found = predict(made, replicas=replicas, speed=prepared.speed(made))
+    lines = [made.describe(), found.describe()]
+    whole = {"plan": made.to_json(), "prediction": found.to_json()}
+    _say([json.dumps(whole)] if as_json else lines)
 
 
 def compute_and_present(study: Study, chosen: Any, *, folder: Path | None = None) -> None:
@@ -329,7 +448,8 @@ def compute_and_present(study: Study, chosen: Any, *, folder: Path | None = None
                 " an absolute path or a URL to keep it"
             )
         store = run_study(study, chosen, progress)
-        _say(present(store, folder, progress))
+        if chosen.rows is None:  # figures of a part would mislead
+            _say(present(store, folder, progress))
 
 
 def beside(store: str) -> Path:
@@ -424,6 +544,15 @@ def _count(text: str) -> int | None:
     if not text.isdigit():
         raise StudyError(f"--examples is {text!r}: expected a number or 'all'")
     return int(text)
+
+
+def _rows(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdigit() and last.isdigit()):
+        raise StudyError(f"--rows is {text!r}: expected FIRST:LAST, such as 0:5000")
+    return int(first), int(last)
 
 
 def _model_options(pairs: list[str]) -> dict[str, Any]:

@@ -40,6 +40,12 @@ class Phase:
     _bar: TaskID | None = None
     _last_line: float = 0.0
     _closed: bool = False
+    _begun: bool = False
+
+    def begin(self) -> None:
+        """Start the clock of the rate at the first call: what came before was getting ready."""
+        if not self._begun:
+            self._begun, self.started = True, time.monotonic()
 
     @property
     def rate(self) -> float:

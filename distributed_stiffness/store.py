@@ -13,8 +13,10 @@ import errno
 import functools
 import importlib.metadata
 import json
+import math
 import subprocess
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -43,7 +45,7 @@ from distributed_stiffness.errors import StoreError
 from distributed_stiffness.gradients.error_bound import MARGIN
 from distributed_stiffness.plan import Plan, in_words
 from distributed_stiffness.study import Study, differences, fingerprint
-from distributed_stiffness.tiling import Checkpoint, Tile, Tiling
+from distributed_stiffness.tiling import Checkpoint, Tile, TileSet, Tiling
 
 SCHEMA_VERSION = 1
 _T = TypeVar("_T")
@@ -199,13 +201,17 @@ class Store:
     def contents(self) -> Contents:
         """List what is there."""
         norms = self._chunks("correct")  # the last of an example chunk's numbers to be written
-        tiles: dict[Checkpoint, set[Tile]] = {}
+        n_chunks = math.ceil(self._arrays["distance"].shape[0] / self._arrays["distance"].chunks[0])
+        tiles: defaultdict[Checkpoint, TileSet] = defaultdict(lambda: TileSet(n_chunks))
         for *lead, i, j in self._chunks("cosine"):
             if i != j or (*lead, i) in norms:
-                tiles.setdefault(Checkpoint(*lead), set()).add((i, j))
+                tiles[Checkpoint(*lead)].add((i, j))
+        distance = TileSet(n_chunks)
+        for i, j in self._chunks("distance"):
+            distance.add((i, j))
         return Contents(
-            tiles=tiles,
-            distance={(i, j) for i, j in self._chunks("distance")},
+            tiles=dict(tiles),
+            distance=distance,
             checked={Checkpoint(*lead) for lead in self._chunks("undecided")},
         )
 
@@ -349,10 +355,11 @@ class Store:
             _array(self.group, name)[...] = values
 
     def reopen(self) -> None:
-        """Take back that the store is complete; only the driver may."""
+        """Take back that the store is complete, and note that it is being mended."""
         with _explained(self.url):
             metadata = _read_metadata(self.url)
             if metadata["attributes"].pop("finished", None) is not None:
+                metadata["attributes"]["mending"] = True
                 filesystem, root = fsspec.core.url_to_fs(self.url)
                 content = json.dumps(metadata, indent=2).encode()
                 write_whole(filesystem, f"{root}/zarr.json", content)

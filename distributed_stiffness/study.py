@@ -149,6 +149,12 @@ class Study(Frozen):
             raise StudyError("iterations are not known yet: use study.resolved(n_train)")
         return self.training.iterations
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """How many learning rates, seeds and iterations."""
+        training = self.training
+        return len(training.learning_rates), len(training.seeds), len(self.iterations)
+
 
 def fingerprint(study: Study, *, content: str, tile: int) -> dict[str, Any]:
     """Return every field that can change a number, for the store.

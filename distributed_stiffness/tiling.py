@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 Tile = tuple[int, int]  # row and column, counted in tiles
 
 
@@ -40,9 +42,38 @@ class Tiling:
         examples = self.examples(chunk)
         return int(examples.stop - examples.start)
 
+    def chunks(self, first: int, last: int) -> range:
+        """Return the chunks that hold examples first to last - 1."""
+        return range(first // self.tile, min(self.n_chunks, math.ceil(last / self.tile)))
+
+    def n_tiles(self, rows: range | None = None) -> int:
+        """Return how many tiles make these rows, and by symmetry these columns, whole."""
+        wanted = self.n_chunks if rows is None else len(rows)
+        return self.n_chunks**2 - (self.n_chunks - wanted) ** 2
+
     def upper(self) -> Iterator[Tile]:
         """Tiles on and above the diagonal."""
         return ((i, j) for j in range(self.n_chunks) for i in range(j + 1))
+
+
+class TileSet(Collection[Tile]):
+    """Tiles that are there; a byte each, so that a store of millions can be looked through."""
+
+    def __init__(self, n_chunks: int) -> None:
+        self._there = np.zeros((n_chunks, n_chunks), dtype=bool)
+
+    def add(self, tile: Tile) -> None:
+        """Note that a tile is there."""
+        self._there[tile] = True
+
+    def __contains__(self, tile: object) -> bool:
+        return isinstance(tile, tuple) and bool(self._there[tile])
+
+    def __iter__(self) -> Iterator[Tile]:
+        return ((int(i), int(j)) for i, j in zip(*self._there.nonzero(), strict=True))
+
+    def __len__(self) -> int:
+        return int(self._there.sum())
 
 
 def default_tile(n_examples: int) -> int:
@@ -63,6 +94,16 @@ class Checkpoint:
     learning_rate: int
     seed: int
     iteration: int
+
+
+def all_checkpoints(learning_rates: int, seeds: int, iterations: int) -> list[Checkpoint]:
+    """Return every checkpoint of a study; early iterations first, as training writes them."""
+    return [
+        Checkpoint(rate, seed, iteration)
+        for iteration in range(iterations)
+        for rate in range(learning_rates)
+        for seed in range(seeds)
+    ]
 
 
 Kind = Literal["distance", "pairs", "check"]
@@ -122,6 +163,7 @@ def tasks(
     *,
     panel_chunks: int,
     done: Collection[Tile],
+    rows: range | None = None,
 ) -> list[Task]:
     """Return what is missing of one matrix, panel by panel.
 
@@ -131,13 +173,18 @@ def tasks(
         tiling: of the matrix.
         panel_chunks: row chunks whose gradients a replica can hold at a time.
         done: tiles that the store has; (I, J) counts only with (J, I).
+        rows: chunks whose rows are wanted, each with all columns; None: all.
     """
-    todo = [(i, j) for i, j in tiling.upper() if not ((i, j) in done and (j, i) in done)]
+    wanted = range(tiling.n_chunks) if rows is None else rows
     found = []
     for first in range(0, tiling.n_chunks, panel_chunks):
-        panel = range(first, first + panel_chunks)
         for column in range(first, tiling.n_chunks):
-            rows = tuple(i for i, j in todo if j == column and i in panel)
-            if rows:
-                found.append(Task(kind, checkpoint, rows, column, first))
+            missing = tuple(
+                row
+                for row in range(first, min(first + panel_chunks, column + 1))
+                if (row in wanted or column in wanted)
+                and not ((row, column) in done and (column, row) in done)
+            )
+            if missing:
+                found.append(Task(kind, checkpoint, missing, column, first))
     return found

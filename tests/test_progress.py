@@ -83,6 +83,18 @@ class TestLog:
             "tiles: 80/100 tiles (80%), 2.0 tiles/s, 0:00:10 left",
         ]
 
+    def test_the_clock_starts_with_the_work(self, clock):
+        """What goes by before it begins is not in the rate, and so not in what is left."""
+        progress, file = log()
+        phase = begin(progress, "tiles", 100, "tiles")
+        clock.now += 1000
+        phase.begin()
+        clock.now += 10
+        phase.begin()
+        phase.advance(50)
+
+        assert "5.0 tiles/s, 0:00:10 left" in lines(file)[-1]
+
     def test_a_note(self, clock):
         """A loss or a path ends the line."""
         progress, file = log()

@@ -24,7 +24,7 @@ from distributed_stiffness.plan import Plan, in_words
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.store import Store, now, training_run
 from distributed_stiffness.study import Study, training_identity
-from distributed_stiffness.tiling import Checkpoint, Task, tasks
+from distributed_stiffness.tiling import Checkpoint, Task, all_checkpoints, tasks
 from distributed_stiffness.training import TrainingEvent
 
 
@@ -36,8 +36,8 @@ class StudyFailed(StiffnessError, RuntimeError):
 class _Totals:
     """What all tasks of this run took."""
 
-    began: float = field(default_factory=time.monotonic)
-    seconds: float = 0.0
+    tile_seconds: float = 0.0
+    check_seconds: float = 0.0
     making_seconds: float = 0.0
     write_seconds: float = 0.0
     operations: float = 0.0
@@ -48,7 +48,10 @@ class _Totals:
 
     def add(self, receipt: Receipt, plan: Plan) -> None:
         """Count what a task took."""
-        self.seconds += receipt.seconds
+        if receipt.task.kind == "check":
+            self.check_seconds += receipt.seconds
+        else:
+            self.tile_seconds += receipt.seconds
         self.making_seconds += receipt.making_seconds
         self.write_seconds += receipt.write_seconds
         self.bytes_written += receipt.bytes_written
@@ -57,14 +60,20 @@ class _Totals:
         self.gradients += receipt.gradients
         self.operations += receipt.operations(plan)
 
-    def describe(self) -> str:
-        """One line for people."""
+    def describe(self, predicted: Prediction | None) -> str:
+        """One line for people; beside it what was predicted."""
+        seconds = operations = ""
+        if predicted is not None and predicted.seconds is not None:
+            seconds = f" (predicted: {predicted.replicas * predicted.seconds:.3g} s)"
+            operations = f" (predicted: {predicted.operations:.2g})"
         again = f"; {self.retries} requests to the store were made again" if self.retries else ""
         return (
-            f"replicas worked {self.seconds:.1f} s in all: {self.making_seconds:.1f} s making"
-            f" {self.gradients:,} gradients, {self.write_seconds:.1f} s writing"
-            f" {in_words(self.bytes_written)}; {self.operations:.2g} floating-point operations;"
-            f" peak memory {in_words(self.peak_memory)} each{again}"
+            f"replicas worked {self.tile_seconds:.3g} s on tiles{seconds}:"
+            f" {self.making_seconds:.3g} s of it making {self.gradients:,} gradients,"
+            f" {self.write_seconds:.3g} s writing {in_words(self.bytes_written)},"
+            f" {self.operations:.2g} floating-point operations{operations}; and"
+            f" {self.check_seconds:.3g} s on checks; peak memory {in_words(self.peak_memory)}"
+            f" each{again}"
         )
 
 
@@ -80,6 +89,7 @@ class Job:
     progress: Progress
     lease: Lease
     device: str = "cpu"
+    rows: range | None = None  # row chunks that are wanted; None: all
     scheduler: Scheduler = field(default_factory=Scheduler)
     failures: list[str] = field(default_factory=list)
 
@@ -101,7 +111,7 @@ class Job:
             done=sum(self._steps.values()),
         )
         self._tiles = self.progress.phase(
-            "tiles", self.plan.n_tiles, "tiles", done=self._tiles_there()
+            "tiles", self._tiles_wanted(), "tiles", done=self._tiles_there()
         )
         self._checks = self.progress.phase(
             "checks",
@@ -131,6 +141,8 @@ class Job:
         """
         self.lease.require()
         found = self.scheduler.assign(time.monotonic())
+        for assignment in found:
+            (self._checks if assignment.task.kind == "check" else self._tiles).begin()
         self._publish()
         return found
 
@@ -140,12 +152,12 @@ class Job:
         if left > 0:
             self._prediction = predict(self.plan, replicas=replicas, speed=speed, left=left)
             self.progress.say(self._prediction.describe())
-            self._totals.began = time.monotonic()
 
     # Events
 
     def training_event(self, event: TrainingEvent) -> None:
         """A run took steps, or wrote a checkpoint."""
+        self._training.begin()
         self._steps[event.run] = event.step
         known = not math.isnan(event.loss)
         loss = f"{event.run}: loss {event.loss:.4g}" if known else f"{event.run}"
@@ -212,16 +224,16 @@ class Job:
         """
         for phase in (self._training, self._tiles, self._checks):
             phase.close()
-        if self._totals.seconds:
-            self.progress.say(self._totals.describe() + self._against_prediction())
+        if self._totals.tile_seconds or self._totals.check_seconds:
+            self.progress.say(self._totals.describe(self._prediction))
         self.failures += sorted(
             {f"{self._name(task)}: {error}" for task, error in self.scheduler.set_aside.items()}
         )
         self._contents = self.store.contents()  # the store is the only truth
         if not self.failures:
             self.failures = [
-                f"{self._name(Task('check', checkpoint))}: not in the store, for no known reason;"
-                " run the same command again"
+                f"{self._name(Task('check', checkpoint))}: not all in the store, for no known"
+                " reason; run the same command again"
                 for checkpoint in self._all_checkpoints()
                 if not self._is_complete(checkpoint)
             ]
@@ -231,7 +243,14 @@ class Job:
                 + f"{self.store.url}. Not computed:\n  "
                 + "\n  ".join(self.failures)
             )
-        if "finished" not in self.store.attrs:
+        if self.rows is not None:
+            first, last = self.rows.start, self.rows.stop - 1
+            of = self.plan.tiling.examples
+            self.progress.say(
+                f"rows {of(first).start} to {of(last).stop - 1} are there; the rest was not asked"
+                " for. Run without --rows to complete the store"
+            )
+        elif "finished" not in self.store.attrs:
             self.store.set_attrs(finished=now())
 
     # Checkpoints
@@ -271,7 +290,8 @@ class Job:
         self._add_check_if_due(checkpoint)
 
     def _add_check_if_due(self, checkpoint: Checkpoint) -> None:
-        if self._left[checkpoint] == 0 and checkpoint not in self._contents.checked:
+        whole = self.rows is None  # else there is nothing to draw a sample from
+        if whole and self._left[checkpoint] == 0 and checkpoint not in self._contents.checked:
             self.scheduler.add([Task("check", checkpoint)])
 
     def _tasks(self, kind: str, checkpoint: Checkpoint | None) -> list[Task]:
@@ -286,37 +306,23 @@ class Job:
             self.plan.tiling,
             panel_chunks=self.plan.panel_chunks,
             done=done,
+            rows=self.rows,
         )
 
     def _is_complete(self, checkpoint: Checkpoint) -> bool:
+        if self.rows is not None:
+            return not self._tasks("pairs", checkpoint)
         there = self._contents.tiles.get(checkpoint, ())
         return len(there) == self.plan.tiling.n_chunks**2 and checkpoint in self._contents.checked
 
     def _all_checkpoints(self) -> list[Checkpoint]:
-        """Early iterations first: training writes them first."""
-        training = self.study.training
-        return [
-            Checkpoint(rate, seed, iteration)
-            for iteration in range(len(self.study.iterations))
-            for rate in range(len(training.learning_rates))
-            for seed in range(len(training.seeds))
-        ]
+        return all_checkpoints(*self.study.shape)
 
     def _runs(self) -> list[TrainingRun]:
         training = self.study.training
         return [TrainingRun(r, s) for r in training.learning_rates for s in training.seeds]
 
     # Books
-
-    def _against_prediction(self) -> str:
-        found = self._prediction
-        if found is None or found.seconds is None:
-            return ""
-        took = time.monotonic() - self._totals.began
-        return (
-            f" (predicted: {found.operations:.2g} operations, {in_words(found.bytes_written)};"
-            f" {found.seconds:.3g} s, took {took:.3g} s)"
-        )
 
     def _publish(self) -> None:
         """Let `stiffness status` know, once a second at most."""
@@ -347,9 +353,13 @@ class Job:
         where = f" rows {list(task.rows)} column {task.column}" if task.rows else ""
         return f"{self._name(task)}: {what}{where}"
 
+    def _tiles_wanted(self) -> int:
+        return self.plan.tiling.n_tiles(self.rows) * (self.plan.n_checkpoints + 1)
+
     def _tiles_there(self) -> int:
-        matrices = [self._contents.distance, *self._contents.tiles.values()]
-        return sum(len(tiles) for tiles in matrices)
+        missing = [self._tasks("distance", None)]
+        missing += [self._tasks("pairs", checkpoint) for checkpoint in self._all_checkpoints()]
+        return self._tiles_wanted() - sum(task.n_tiles for tasks in missing for task in tasks)
 
     def _last_step(self, run: TrainingRun) -> int:
         steps = self.folder.iterations(run) + self.folder.iterations(run, rolling=True)

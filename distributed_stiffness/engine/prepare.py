@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,8 @@ import torch
 from distributed_stiffness.data.selection import StudyData, select
 from distributed_stiffness.engine.job import Job
 from distributed_stiffness.engine.lease import Lease
+from distributed_stiffness.engine.prediction import Speed
+from distributed_stiffness.engine.speed import measure
 from distributed_stiffness.errors import StudyError
 from distributed_stiffness.gradients.budget import fit
 from distributed_stiffness.gradients.per_example import PerExampleGradients
@@ -42,6 +45,7 @@ class Run:
     max_replicas: int | None = None  # None: as many as the cluster holds
     threads: int | None = None  # of a CPU replica; None: a quarter of the smallest node's cores
     memory: int | None = None  # bytes a replica may use; None: its share of the node's
+    rows: tuple[int, int] | None = None  # of the matrices, first and last + 1; None: all
     wait_for_nodes: float | None = None  # seconds; None: only when an autoscaler can help
     quiet: bool = False
 
@@ -76,6 +80,7 @@ class Prepared:
         """
         precision_mode(self.study.gradients.precision, device)  # some need a GPU
         url, plan = self.run.store_url, self.plan(memory, device)
+        rows = self._row_chunks(plan)
         self.progress.say(plan.describe())
         return Job(
             self.study,
@@ -86,7 +91,26 @@ class Prepared:
             self.progress,
             lease,
             device=device,
+            rows=rows,
         )
+
+    def _row_chunks(self, plan: Plan) -> range | None:
+        if self.run.rows is None:
+            return None
+        first, last = self.run.rows
+        if not 0 <= first < last <= plan.n_examples:
+            raise StudyError(
+                f"rows {first}:{last} are not in the matrix: expected FIRST:LAST with"
+                f" 0 <= FIRST < LAST <= {plan.n_examples}"
+            )
+        return plan.tiling.chunks(first, last)
+
+    def speed(self, plan: Plan) -> Speed:
+        """Measure how fast this process makes and multiplies gradients."""
+        few = slice(0, min(plan.batch, plan.n_examples))
+        labels = torch.from_numpy(self.data.examples.labels[few].copy())
+        gradients = self.gradients.with_factored(plan.factored)
+        return measure(gradients, (torch.from_numpy(self.data.inputs(few)), labels), plan)
 
     def plan(self, memory: int, device: str) -> Plan:
         """Fit the tiles into replicas of `memory` bytes; a store that is there keeps its plan.
@@ -94,13 +118,10 @@ class Prepared:
         Raises:
             StudyError: it does not fit.
         """
-        training = self.study.training
         _, plan = fit(
             self.gradients,
             n_examples=self.data.n_examples,
-            n_checkpoints=len(self.study.iterations)
-            * len(training.learning_rates)
-            * len(training.seeds),
+            n_checkpoints=math.prod(self.study.shape),
             memory=memory,
             tile=self.study.gradients.tile,
             device=device,

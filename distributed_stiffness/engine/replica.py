@@ -5,7 +5,6 @@ A plain class; Ray makes an actor of it (ray.py), the serial runner calls it (se
 
 from __future__ import annotations
 
-import math
 import resource
 import threading
 import time
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from distributed_stiffness.checkpoints import Checkpoints
 from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.engine.prediction import Speed
+from distributed_stiffness.engine.speed import measure
 from distributed_stiffness.errors import GradientError
 from distributed_stiffness.gradients.error_bound import HALF, error_bound, sample_examples
 from distributed_stiffness.gradients.gram import Rows, collect, cosine, folded_product
@@ -35,8 +35,6 @@ Product = Callable[[Rows, Rows], Tensor]
 
 _ARRAYS = {"pairs": "cosine", "distance": "distance"}
 _MODELS = 2  # networks kept loaded: of the task that computes, and of the next
-# A speed is measured over so many multiply-adds, and rows: enough for nearly the full speed.
-_MEASURED_WORK, _MEASURED_ROWS = {"cpu": 2e10, "cuda": 2e12}, 512
 _OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "Cannot allocate memory")
 
 
@@ -134,32 +132,9 @@ class Replica:
 
     def measure(self) -> Speed:
         """Measure what gradients and their products take, on a network before training."""
-        seed = self.study.training.seeds[0]
-        gradients = self._per_example(build_model(self.study, self.data, seed).to(self.device))
+        model = build_model(self.study, self.data, self.study.training.seeds[0]).to(self.device)
         few = slice(0, min(self.plan.batch, self.plan.n_examples))
-
-        def make() -> Rows:
-            return gradients.rows(*self._examples(few))
-
-        made = make()
-        making = self._seconds(make)
-        enough = math.isqrt(int(_MEASURED_WORK[self.device] / max(1, self.plan.pair_work)))
-        rows = made.empty(min(self.plan.strip, _MEASURED_ROWS, max(len(made), enough)))
-        for part in pieces(slice(0, len(rows)), len(made)):
-            rows[part].copy_(made[: part.stop - part.start])
-        columns = rows[:]  # another object: a block with itself is half the work
-        multiplying = self._seconds(lambda: cosine(rows, columns, gradients.precision))
-        return Speed(making / len(made), multiplying / len(rows) ** 2)
-
-    def _seconds(self, function: Callable[[], object]) -> float:
-        function()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        started = time.monotonic()
-        function()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.monotonic() - started
+        return measure(self._per_example(model), self._examples(few), self.plan)
 
     def _computed(self, task: Task) -> _Work:
         """Compute a task that nobody has finished, with smaller blocks if it must be."""
