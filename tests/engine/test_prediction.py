@@ -13,7 +13,8 @@ from studies import run_options, tiny_study
 from distributed_stiffness.engine import run_study
 from distributed_stiffness.engine.job import _Totals
 from distributed_stiffness.engine.prediction import Speed, predict
-from distributed_stiffness.plan import Plan, make_plan
+from distributed_stiffness.errors import StudyError
+from distributed_stiffness.plan import SMALLEST_BLOCK, Plan, make_plan
 
 
 def plan(n: int = 1000, memory: int = 10**9, checkpoints: int = 3) -> Plan:
@@ -95,14 +96,11 @@ def test_halving_keeps_shapes_while_whole_tiles_are_held() -> None:
 
     assert smaller.panel_rows < made.panel_rows
     assert (smaller.block, smaller.batch, smaller.strip) == (made.block, made.batch, made.strip)
-    sizes = []
-    while True:
+    sizes = [smaller.panel_rows * smaller.row_bytes]
+    while smaller.panel_rows > smaller.tile or smaller.block >= 2 * SMALLEST_BLOCK:
+        smaller = smaller.halved()
         sizes.append(smaller.panel_rows * smaller.row_bytes)
-        try:
-            smaller = smaller.halved()
-        except ValueError as error:
-            assert "do not fit" in str(error)
-            break
         assert 1 <= smaller.batch <= smaller.block <= smaller.panel_rows
-        assert smaller.memory >= 0
     assert np.all(np.diff(sizes) < 0)
+    with pytest.raises(StudyError, match="do not fit"):
+        smaller.halved()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -104,7 +105,7 @@ class TestRows:
         script = str(Path(__file__).parents[2] / "jobs/mnist.py")
         monkeypatch.setattr(sys, "argv", [script, "--rows", "many"])
         with pytest.raises(SystemExit) as ending:
-            exec(compile(Path(script).read_text(), script, "exec"), {"__name__": "__main__"})  # noqa: S102
+            runpy.run_path(script, run_name="__main__")
 
         assert ending.value.code == 1
         assert "--rows is 'many': expected FIRST:LAST" in capsys.readouterr().err
