@@ -63,8 +63,9 @@ class TileSet(Collection[Tile]):
         self._there = np.zeros((n_chunks, n_chunks), dtype=bool)
 
     def add(self, tile: Tile) -> None:
-        """Note that a tile is there."""
-        self._there[tile] = True
+        """Note that a tile is there; one outside the matrix is none of it."""
+        if max(tile) < len(self._there):
+            self._there[tile] = True
 
     def __contains__(self, tile: object) -> bool:
         return isinstance(tile, tuple) and bool(self._there[tile])

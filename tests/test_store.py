@@ -10,12 +10,10 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import fsspec
 import numpy as np
 import pytest
 import xarray as xr
-from moto.server import ThreadedMotoServer
 from studies import assert_same_bits, run_options, tiny_study
 
 from distributed_stiffness.engine import run_study
@@ -186,22 +184,3 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", str(folder)], check=True)
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket of a real S3 server on loopback."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="stiffness")
-    yield "s3://stiffness"
-    server.stop()

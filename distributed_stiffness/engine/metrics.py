@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from ray.util.metrics import Counter, Gauge
+from typing import Any
 
 from distributed_stiffness.engine.replica import Receipt
 from distributed_stiffness.plan import Plan
 
 
 class Metrics:
-    """Counters of one replica; Ray adds its node and its process as tags."""
+    """Counters of one replica; Ray adds its node and its process as tags.
 
-    def __init__(self) -> None:
+    Args:
+        counter: `ray.util.metrics.Counter`; given, so that one module alone imports ray.
+        gauge: `ray.util.metrics.Gauge`.
+    """
+
+    def __init__(self, counter: Any, gauge: Any) -> None:
         self._counters = {
-            name: Counter(f"stiffness_{name}", description=what)
+            name: counter(f"stiffness_{name}", description=what)
             for name, what in (
                 ("tiles", "Tiles written, both triangles."),
                 ("operations", "Floating-point operations of gradients and their products."),
@@ -25,8 +30,8 @@ class Metrics:
                 ("store_retries", "Requests to the store that were made again."),
             )
         }
-        self._peak = Gauge("stiffness_peak_memory_bytes", description="Of the process, so far.")
-        self._rate = Gauge("stiffness_operations_per_second", description="Of the last task.")
+        self._peak = gauge("stiffness_peak_memory_bytes", description="Of the process, so far.")
+        self._rate = gauge("stiffness_operations_per_second", description="Of the last task.")
 
     def count(self, receipt: Receipt, plan: Plan) -> None:
         """Count what a task took."""

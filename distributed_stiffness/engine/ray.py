@@ -1,8 +1,8 @@
 """The distributed engine: training runs as Ray tasks, replicas as Ray actors, one wait loop.
 
-With metrics.py the only module of the package that imports ray. It adds placement and retries to
-`train` and `Replica`, and nothing numeric. Numbers go from a replica to the store; what comes back
-here is a receipt.
+The only module of the package that imports ray. It adds placement and retries to `train` and
+`Replica`, and nothing numeric. Numbers go from a replica to the store; what comes back here is a
+receipt.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 import ray.exceptions
+import ray.util.metrics
 import torch
 from ray.autoscaler.sdk import request_resources
 
@@ -92,7 +93,7 @@ class _ReplicaActor:
         self.replica = Replica(
             study, data, plan, store=store, checkpoints=checkpoints, device=shape.device
         )
-        self.metrics = Metrics()
+        self.metrics = Metrics(ray.util.metrics.Counter, ray.util.metrics.Gauge)
         return self.replica.measure() if measure else None
 
     def run(self, task: Task) -> Receipt:
@@ -350,7 +351,7 @@ def _shape(run: Run, progress: Progress) -> ReplicaShape:
     if patience is None:
         patience = 1800.0 if _autoscaler_helps() else 0.0
     deadline = time.monotonic() + patience
-    with _no_nodes_requested_after():
+    with _node_requests() as request_nodes:
         while True:
             try:
                 require_fit(nodes(), device=run.device, threads=run.threads)
@@ -359,7 +360,7 @@ def _shape(run: Run, progress: Progress) -> ReplicaShape:
                 if time.monotonic() >= deadline:
                     raise
                 progress.say(f"waiting for nodes: {error}")
-                _request_nodes(run)
+                request_nodes(run)
                 time.sleep(min(15.0, patience))
     shape = choose_shape(nodes(), device=run.device, threads=run.threads, memory=run.memory)
     if shape.device == "cuda" and run.memory is None:
@@ -368,17 +369,21 @@ def _shape(run: Run, progress: Progress) -> ReplicaShape:
     return shape
 
 
-def _request_nodes(run: Run) -> None:
-    request_resources(bundles=[{"GPU": 1}] if run.device == "cuda" else [{"CPU": run.threads or 1}])
-
-
 @contextlib.contextmanager
-def _no_nodes_requested_after() -> Iterator[None]:
+def _node_requests() -> Iterator[Callable[[Run], None]]:
     """Withdraw requests at the end: Ray keeps them, and with them a node that is paid for."""
+    asked = _autoscaler_helps()  # then a driver that was killed may have asked, too
+
+    def request_nodes(run: Run) -> None:
+        nonlocal asked
+        asked = True
+        bundle = {"GPU": 1} if run.device == "cuda" else {"CPU": run.threads or 1}
+        request_resources(bundles=[bundle])
+
     try:
-        yield
+        yield request_nodes
     finally:
-        if _autoscaler_helps():
+        if asked:
             request_resources(bundles=[])
 
 

@@ -6,11 +6,13 @@ Real Ray, real processes, real SIGKILLs.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +156,30 @@ class TestKills:
         assert "Traceback" not in errors
         run_study(long_study(), run_options(store))
         assert_same_bits(undisturbed, store)
+
+
+@pytest.mark.usefixtures("local_ray")
+class TestMetrics:
+    def test_what_the_dashboard_shows(self, tmp_path: Path) -> None:
+        """
+        Tiles, operations, bytes and seconds are counted where Prometheus finds them.
+        """
+        import ray
+
+        run_study(tiny_study(), run_options(tmp_path / "x.zarr", engine="ray", max_replicas=1))
+
+        (node,) = ray.nodes()
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        deadline, counted = time.monotonic() + 60, 0.0
+        while counted < 45 and time.monotonic() < deadline:
+            time.sleep(0.5)
+            with urllib.request.urlopen(url) as answer:
+                text = answer.read().decode()
+            found = re.findall(r"^ray_stiffness_tiles(?:_total)?{.*} ([0-9.]+)$", text, re.M)
+            counted = sum(map(float, found))
+        assert counted >= 45  # of five matrices; other tests of this cluster may have added theirs
+        for name in ("operations", "bytes_written", "seconds", "peak_memory_bytes"):
+            assert f"ray_stiffness_{name}" in text
 
 
 @pytest.mark.usefixtures("local_ray")
