@@ -10,12 +10,14 @@ import contextlib
 import json
 import sys
 import tempfile
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
 import typer
+import yaml
 from rich.console import Console
 
 from distributed_stiffness.errors import StiffnessError, StudyError
@@ -69,14 +71,17 @@ def demo(
 
 @app.command()
 def run(
-    study: Annotated[Path, typer.Argument(help="A study file (JSON).")],
+    study: Annotated[Path, typer.Argument(help="A study file: JSON, YAML or TOML.")],
     store: Annotated[str, typer.Option(help="Path or URL of the store.")],
     data_dir: Annotated[str | None, typer.Option(help="Folder of data sets.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join.")] = None,
 ) -> None:
-    """Run a study file, as a store keeps it in its attribute `study`."""
+    """Run a study file; a store keeps its own, as JSON, in its attribute `study`.
+
+    Example: stiffness run study.yaml --store results/study.zarr
+    """
     chosen = _checked_run(store=store, data_directory=data_dir, address=address)
-    compute_and_present(_read_study(study), chosen)
+    compute_and_present(read_study(study), chosen)
 
 
 @app.command()
@@ -157,7 +162,7 @@ def status(
 
 @app.command()
 def plan(
-    study: Annotated[Path, typer.Argument(help="A study file (JSON).")],
+    study: Annotated[Path, typer.Argument(help="A study file: JSON, YAML or TOML.")],
     store: Annotated[
         str, typer.Option(help="Path or URL of the store; one that is there keeps its plan.")
     ] = "results/study.zarr",
@@ -176,7 +181,7 @@ def plan(
     """
     chosen = _checked_run(store=store, data_directory=data_dir, memory=_bytes(memory))
     with _interruptible():
-        show_plan(_read_study(study), chosen, replicas=replicas, as_json=as_json)
+        show_plan(read_study(study), chosen, replicas=replicas, as_json=as_json)
 
 
 @app.command()
@@ -407,17 +412,23 @@ def job(study: Study, *, store: str, description: str | None) -> None:
     run_app(command)
 
 
-def _read_study(path: Path) -> Study:
-    """Read a study file.
+def read_study(path: Path) -> Study:
+    """Read a study file: JSON, YAML or TOML, by its suffix; the same fields in each.
 
     Raises:
         StudyError: it cannot be read, or is no study.
     """
+    parse = {".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
     try:
-        text = path.read_text()
+        fields = parse.get(path.suffix.lower(), json.loads)(path.read_text())
     except OSError as error:
         raise StudyError(f"cannot read the study file {path}: {error}") from error
-    return build_study(lambda: Study.model_validate_json(text))
+    except (ValueError, yaml.YAMLError) as error:
+        raise StudyError(
+            f"{path} cannot be parsed: {error}. Expected JSON, or YAML or TOML where the name ends"
+            " so"
+        ) from error
+    return build_study(lambda: Study.model_validate(fields))
 
 
 def show_plan(study: Study, chosen: Any, *, replicas: int, as_json: bool = False) -> None:

@@ -267,17 +267,28 @@ class _Driver:
         self._start_training(run)
 
     def _adjust_replicas(self) -> None:
-        """Ask for replicas while tasks wait; release those that training could use meanwhile."""
+        """Ask for replicas while tasks wait; release those that others could use meanwhile."""
         scheduler = self._job.scheduler
         working = sum(bool(scheduler.tasks_of(name)) for name in self._actors)
         wanted = min(self._most_replicas(), working + scheduler.waiting)
         while len(self._actors) < wanted:
             self._start_replica()
         if scheduler.waiting == 0:
-            for name, actor in list(self._actors.items()):
-                idle = actor.ready is None and not scheduler.tasks_of(name)
-                if idle and time.monotonic() - actor.idle_since > IDLE_SECONDS:
-                    self._release(name)
+            # One for each task that runs stays: it takes a copy if the task is slow.
+            running = sum(map(len, scheduler.replicas().values()))
+            for name in self._idle()[running:]:
+                self._release(name)
+
+    def _idle(self) -> list[str]:
+        """Replicas that have had nothing to do for a while."""
+        now = time.monotonic()
+        return [
+            name
+            for name, actor in self._actors.items()
+            if actor.ready is None
+            and not self._job.scheduler.tasks_of(name)
+            and now - actor.idle_since > IDLE_SECONDS
+        ]
 
     def _most_replicas(self) -> int:
         """As many as there is room for; more where they can come, and would find work."""

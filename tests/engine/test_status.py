@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from studies import arrays, assert_same_bits, run_options, tiny_study
 
-from distributed_stiffness.cli import app, run_app
+from distributed_stiffness.cli import app, read_study, run_app
 from distributed_stiffness.engine import run_study
 from distributed_stiffness.engine.lease import Lease
 from distributed_stiffness.engine.status import status
@@ -151,3 +151,36 @@ class TestPlan:
 
         assert ending.value.code == 1
         assert "model.nmae" in capsys.readouterr().err
+
+
+class TestStudyFiles:
+    def test_one_study_in_three_languages(self, tmp_path: Path) -> None:
+        """JSON, YAML and TOML with the same fields are the same study."""
+        study = tiny_study()
+        (tmp_path / "a.json").write_text(study.model_dump_json())
+        (tmp_path / "b.yaml").write_text(
+            "title: tiny\n"
+            "data: {name: digits, validation_examples: 60}\n"
+            "model: {name: fully_connected, options: {widths: [16, 8]}}\n"
+            "training: {learning_rates: [1e-3, 1e-2], iterations: [0, 30]}\n"
+            "gradients: {tile: 20}\n"
+        )
+        (tmp_path / "c.toml").write_text(
+            'title = "tiny"\n'
+            'data = {name = "digits", validation_examples = 60}\n'
+            'model = {name = "fully_connected", options = {widths = [16, 8]}}\n'
+            "training = {learning_rates = [1e-3, 1e-2], iterations = [0, 30]}\n"
+            "gradients = {tile = 20}\n"
+        )
+
+        for file in tmp_path.iterdir():
+            assert read_study(file) == study
+
+    @pytest.mark.parametrize("name", ["x.json", "x.yaml", "x.toml"])
+    def test_what_cannot_be_parsed(self, name: str, tmp_path: Path) -> None:
+        """A sentence, with the place."""
+        file = tmp_path / name
+        file.write_text("a: [")
+
+        with pytest.raises(StudyError, match=rf"{name} cannot be parsed: .*line"):
+            read_study(file)
