@@ -182,5 +182,5 @@ class TestStudyFiles:
         file = tmp_path / name
         file.write_text("a: [")
 
-        with pytest.raises(StudyError, match=rf"{name} cannot be parsed: .*line"):
+        with pytest.raises(StudyError, match=rf"{name} cannot be parsed: (?s:.*)line"):
             read_study(file)
