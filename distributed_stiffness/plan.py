@@ -76,13 +76,16 @@ class Plan:
         return (math.ceil(self.n_examples / min(self.panel_rows, self.n_examples)) + 1) / 2
 
     def halved(self) -> Plan:
-        """Return what takes about half the memory: fewer rows held, then smaller blocks.
+        """Return what takes less memory: fewer rows held, then smaller blocks.
 
         As long as whole tiles of rows are held, every product keeps its shape, and so its bits.
 
         Raises:
             StudyError: it is the smallest already.
         """
+        needed = math.ceil(self.panel_rows * self.row_bytes / ROWS_SHARE)
+        if self.memory > 2 * needed:
+            return replace(self, memory=needed)  # no rows of other panels beside these
         if self.panel_rows > self.tile:
             rows = max(self.tile, self.panel_rows // 2 // self.tile * self.tile)
             return replace(self, memory=self.memory // 2, panel_rows=rows)

@@ -44,7 +44,7 @@ from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.errors import StoreError
 from distributed_stiffness.gradients.error_bound import MARGIN
 from distributed_stiffness.plan import Plan, in_words
-from distributed_stiffness.study import Study, differences, fingerprint
+from distributed_stiffness.study import NOT_GIVEN, Study, Training, differences, fingerprint
 from distributed_stiffness.tiling import Checkpoint, Tile, TileSet, Tiling
 
 SCHEMA_VERSION = 1
@@ -98,7 +98,8 @@ _VARIABLES: Mapping[str, _Variable] = {
             _RUN,
             "float64",
             name.replace("_", " "),
-            "Mean over the whole split, in evaluation mode; "
+            "Mean over the whole split (over its examples, if checkpoints were imported), in"
+            " evaluation mode; "
             + ("a share in [0, 1]." if name.endswith("accuracy") else "0 or more, in nats."),
         )
         for name in METRICS
@@ -262,12 +263,7 @@ class Store:
 
     def _persistently(self, request: Callable[[], _T]) -> _T:
         """Make a request, and again after a pause while the store fails in passing."""
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_is_passing),
-            wait=tenacity.wait_random_exponential(multiplier=0.5, max=_LONGEST_PAUSE),
-            stop=tenacity.stop_after_delay(RETRY_SECONDS),
-            reraise=True,
-        )
+        retrying = _retrying()
         try:
             return retrying(request)
         finally:
@@ -295,6 +291,16 @@ class Store:
                 " Delete these files and run the same command again: they are computed anew"
             ) from error
         return values
+
+    def numbers(self, checkpoint: Checkpoint, *names: str) -> list[np.ndarray]:
+        """Read numbers that every example of a checkpoint has one of, each (n,)."""
+        with _explained(self.url, "read"):
+            return [
+                self._persistently(
+                    functools.partial(self._arrays[n].__getitem__, _lead(checkpoint))
+                )
+                for n in names
+            ]
 
     def _damaged(self, name: str, checkpoint: Checkpoint | None) -> Iterator[str]:
         """Name the chunks of a matrix that cannot be read."""
@@ -374,7 +380,7 @@ def create_or_continue(url: str | Path, study: Study, data: StudyData, plan: Pla
     """
     if not _is_there(str(url)):
         now = fingerprint(study, content=data.content_hash(), tile=plan.tile)
-        return _create(str(url), study, data, plan, now)
+        return _retrying()(_create, str(url), study, data, plan, now)
     store = Store(url)
     _refuse_differences(store, study, data, tile=plan.tile)
     store.sweep()
@@ -505,19 +511,24 @@ class _Coordinate:
 def _coordinates(study: Study, data: StudyData) -> Iterator[_Coordinate]:
     training, steps = study.training, np.asarray(study.iterations, dtype=np.int64)
     for name, values, meaning in (
-        ("learning_rate", np.asarray(training.learning_rates), "learning rate"),
+        ("learning_rate", np.asarray(training.learning_rates), _meaning_of_rate(training)),
         ("seed", np.asarray(training.seeds), "seed of the weights and of the order of examples"),
         ("iteration", steps, "optimiser steps done"),
     ):
         yield _Coordinate(name, (name,), values, meaning)
-    epoch = steps / training.steps_per_epoch(len(data.labelled.train.labels))
-    yield _Coordinate("epoch", ("iteration",), epoch, "passes over the training examples done")
+    if not training.imported:  # else nobody knows the batches
+        epoch = steps / training.steps_per_epoch(data.n_train)
+        yield _Coordinate("epoch", ("iteration",), epoch, "passes over the training examples done")
     # Positions in a split name an example only where there is one split.
     names = data.index if len(set(data.split)) == 1 else np.arange(data.n_examples)
     for dim, prefix in (("example", ""), ("other", "other_")):
         yield _Coordinate(dim, (dim,), names, "example")
         for name, values, meaning in _labels(data):
             yield _Coordinate(prefix + name, (dim,), values, meaning)
+
+
+def _meaning_of_rate(training: Training) -> str:
+    return "learning rate" + ("; 0: not given" if NOT_GIVEN in training.learning_rates else "")
 
 
 def coordinate_values(study: Study, data: StudyData) -> dict[str, np.ndarray]:
@@ -633,8 +644,19 @@ def _explained(url: str, verb: str = "write to") -> Iterator[None]:
         ) from error
 
 
-def _is_passing(error: BaseException) -> bool:
+def _retrying() -> tenacity.Retrying:
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_is_passing),
+        wait=tenacity.wait_random_exponential(multiplier=0.5, max=_LONGEST_PAUSE),
+        stop=tenacity.stop_after_delay(RETRY_SECONDS),
+        reraise=True,
+    )
+
+
+def _is_passing(error: BaseException | None) -> bool:
     """Whether a request may succeed when it is made again."""
+    if isinstance(error, StoreError):
+        error = error.__cause__
     lasting = isinstance(error, _LASTING_ERRORS) or getattr(error, "errno", None) in _FULL
     return isinstance(error, STORAGE_ERRORS) and not lasting
 

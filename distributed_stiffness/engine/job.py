@@ -104,7 +104,9 @@ class Job:
         self._published = 0.0
         self._weights = dict(self.store.attrs["weights"])
         self._steps = {run: self._last_step(run) for run in self._runs()}
-        self._training = self.progress.phase(
+        imported = self.study.training.imported
+        training = Progress(quiet=True) if imported else self.progress
+        self._training = training.phase(
             "training",
             len(self._steps) * self.study.iterations[-1],
             "steps",
@@ -125,12 +127,22 @@ class Job:
     # What is left
 
     def runs_to_train(self) -> list[TrainingRun]:
-        """Return the runs with a checkpoint that is needed and not there."""
+        """Return the runs with a checkpoint that is needed and not there.
+
+        Raises:
+            StoreError: it was imported, so that nobody here can make it again.
+        """
         needed = dict.fromkeys(
             training_run(self.study, checkpoint)[0]
             for checkpoint in self._all_checkpoints()
             if checkpoint not in self._taken_up and not self._is_complete(checkpoint)
         )
+        if needed and self.study.training.imported:
+            raise StoreError(
+                f"imported checkpoints are not in {self.checkpoints}: of"
+                f" {'; '.join(map(str, needed))}. Run the same `stiffness gram` command: it imports"
+                " them from the files that they were"
+            )
         return list(needed)
 
     def assign(self) -> list[Assignment]:

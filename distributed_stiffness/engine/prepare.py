@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
+from distributed_stiffness.checkpoints import rate_in_words
 from distributed_stiffness.data.selection import StudyData, select
 from distributed_stiffness.engine.job import Job
 from distributed_stiffness.engine.lease import Lease
 from distributed_stiffness.engine.prediction import Speed
 from distributed_stiffness.engine.speed import measure
 from distributed_stiffness.errors import StudyError
+from distributed_stiffness.factories import import_loss
+from distributed_stiffness.gradients.batches import Nest, call, from_numpy
 from distributed_stiffness.gradients.budget import fit
 from distributed_stiffness.gradients.per_example import PerExampleGradients
 from distributed_stiffness.gradients.precision import precision_mode
@@ -108,9 +113,8 @@ class Prepared:
     def speed(self, plan: Plan) -> Speed:
         """Measure how fast this process makes and multiplies gradients."""
         few = slice(0, min(plan.batch, plan.n_examples))
-        labels = torch.from_numpy(self.data.examples.labels[few].copy())
         gradients = self.gradients.with_factored(plan.factored)
-        return measure(gradients, (torch.from_numpy(self.data.inputs(few)), labels), plan)
+        return measure(gradients, _examples(self.data, few), plan)
 
     def plan(self, memory: int, device: str) -> Plan:
         """Fit the tiles into replicas of `memory` bytes; a store that is there keeps its plan.
@@ -140,9 +144,18 @@ def prepare(study: Study, run: Run, progress: Progress) -> Prepared:
     if run.memory is not None and run.memory <= 0:
         raise StudyError(f"memory is {run.memory} bytes: expected more than 0, such as 4GB")
     data = select(
-        study.data, directory=run.data_directory, download=run.download, progress=progress
+        study.data,
+        directory=run.data_directory,
+        download=run.download,
+        every_class=not study.training.imported,
+        progress=progress,
     )
-    study = study.resolved(len(data.labelled.train.labels))
+    if not data.n_train and not study.training.imported:
+        raise StudyError(
+            f"{data.labelled.name} has no training split to train on; for networks that are trained"
+            " already, use `stiffness gram`"
+        )
+    study = study.resolved(data.n_train)
     refuse_another_study(run.store_url, study, data, tile=study.gradients.tile)
     progress.say(_described(study, data))
     return Prepared(study, data, _checked(study, data, progress), run, progress)
@@ -151,7 +164,7 @@ def prepare(study: Study, run: Run, progress: Progress) -> Prepared:
 def _described(study: Study, data: StudyData) -> str:
     """One line: what is run."""
     training = study.training
-    rates = ", ".join(f"{rate:g}" for rate in training.learning_rates)
+    rates = ", ".join(map(rate_in_words, training.learning_rates))
     return (
         f"study: {data.n_examples:,} examples of {data.labelled.name}, {study.model.name},"
         f" learning rates {rates}, seeds {', '.join(map(str, training.seeds))}, iterations"
@@ -163,16 +176,21 @@ def _checked(study: Study, data: StudyData, progress: Progress) -> PerExampleGra
     """Try the network on a few examples, then its gradients against the definition."""
     model = build_model(study, data, study.training.seeds[0])
     inputs, targets = _sample(data)
-    check_outputs(model, inputs, data.labelled.n_classes, study.model.name)
+    loss, name = import_loss(study.loss), study.model.name
+    # A network of others may know more classes than the examples have.
+    exactly = not study.training.imported
+    check_outputs(model, inputs, data.labelled.n_classes, name, loss=loss, exactly=exactly)
     model.eval()
-    checked = self_check(model, study.loss, inputs, targets, parameters=study.gradients.parameters)
+    if callable(loss):
+        _try_loss(loss, study.loss, model, inputs, targets)
+    checked = self_check(model, loss, inputs, targets, parameters=study.gradients.parameters)
     progress.say(
         f"self-check: {checked.n_parameters:,} parameters, {len(targets)} examples agree with"
         f" one-example float64 autograd{_unused(checked)}"
     )
     return PerExampleGradients(
         model,
-        study.loss,
+        loss,
         (inputs, targets),
         parameters=study.gradients.parameters,
         # On this process's CPU; what needs a GPU has rows like float32's.
@@ -182,12 +200,29 @@ def _checked(study: Study, data: StudyData, progress: Progress) -> PerExampleGra
     )
 
 
-def _sample(data: StudyData) -> tuple[torch.Tensor, torch.Tensor]:
-    few = slice(0, EXAMPLES)
-    labels = data.examples.labels[few]
-    if len(labels) < 3:
-        raise StudyError(f"{len(labels)} examples are too few for pairs; give at least 3")
-    return torch.from_numpy(data.inputs(few)), torch.from_numpy(labels.copy())
+def _sample(data: StudyData) -> tuple[Nest, torch.Tensor]:
+    if data.n_examples < 3:
+        raise StudyError(f"{data.n_examples} examples are too few for pairs; give at least 3")
+    return _examples(data, slice(0, EXAMPLES))
+
+
+def _examples(data: StudyData, chosen: slice) -> tuple[Nest, torch.Tensor]:
+    return from_numpy(data.inputs(chosen)), torch.from_numpy(data.examples.labels[chosen].copy())
+
+
+def _try_loss(
+    loss: Callable[..., Any], name: str, model: nn.Module, inputs: Nest, targets: torch.Tensor
+) -> None:
+    """Call a loss of the user's own once; what it returns is looked at by the self-check."""
+    try:
+        with torch.no_grad():
+            loss(call(model, inputs), targets)
+    except Exception as error:  # the user's own code: any type of error
+        raise StudyError(
+            f"loss {name!r} fails with outputs and targets of {len(targets)} examples:"
+            f" {type(error).__name__}: {error}; expected a function of (outputs, targets) that"
+            " gives one number an example"
+        ) from error
 
 
 def _unused(gradients: PerExampleGradients) -> str:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -361,7 +362,7 @@ def _shape(run: Run, progress: Progress) -> ReplicaShape:
     patience = run.wait_for_nodes
     if patience is None:
         patience = 1800.0 if _autoscaler_helps() else 0.0
-    deadline = time.monotonic() + patience
+    deadline, said = time.monotonic() + patience, float("-inf")
     with _node_requests() as request_nodes:
         while True:
             try:
@@ -370,9 +371,11 @@ def _shape(run: Run, progress: Progress) -> ReplicaShape:
             except ClusterError as error:
                 if time.monotonic() >= deadline:
                     raise
-                progress.say(f"waiting for nodes: {error}")
-                request_nodes(run)
-                time.sleep(min(15.0, patience))
+                if time.monotonic() - said > PATIENCE_SECONDS:
+                    said = time.monotonic()
+                    progress.say(f"waiting for nodes: {error}")
+                    request_nodes(run)
+                time.sleep(1.0)  # a node that comes and finds no work soon goes again
     shape = choose_shape(nodes(), device=run.device, threads=run.threads, memory=run.memory)
     if shape.device == "cuda" and run.memory is None:
         free = ray.get(_free_gpu_memory.options(num_gpus=1, num_cpus=0).remote())
@@ -414,28 +417,33 @@ def _session(run: Run, data: StudyData, progress: Progress) -> Iterator[None]:
             yield
         return
     address = run.address or os.environ.get("RAY_ADDRESS")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=_object_store_bytes(data),
-                **quiet,
-            )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ClusterError(
-            f"cannot join the Ray cluster at {address!r}: {error}. Give --address, or unset"
-            " RAY_ADDRESS to start a local one"
-        ) from error
-    progress.say(f"Ray: {'joined ' + address if address else 'started on this machine'}")
-    try:
-        with _stop_on_sigterm():
-            yield
-    finally:
-        ray.shutdown()
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address:
+        options["address"] = address
+    else:
+        options |= {
+            "address": "local",
+            "include_dashboard": False,
+            "object_store_memory": _object_store_bytes(data),
+        }
+    # Ray is started in a thread of its own. In the main thread it takes SIGTERM over at once, and a
+    # signal that came then raised SystemExit wherever it happened to be: once in the midst of
+    # logging, whose lock stayed taken for ever. The thread lives as long as the session: Ray's
+    # processes end with the thread that started them.
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            try:
+                thread.submit(ray.init, **options).result()
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise ClusterError(
+                    f"cannot join the Ray cluster at {address!r}: {error}. Give --address, or unset"
+                    " RAY_ADDRESS to start a local one"
+                ) from error
+            progress.say(f"Ray: {'joined ' + address if address else 'started on this machine'}")
+            with _stop_on_sigterm():
+                yield
+        finally:
+            ray.shutdown()
 
 
 @contextlib.contextmanager
@@ -456,8 +464,7 @@ def _stop_on_sigterm() -> Iterator[None]:
 
 
 def _object_store_bytes(data: StudyData) -> int:
-    splits = (data.labelled.train, data.labelled.validation, data.examples)
-    return 2**28 + 2 * sum(s.inputs.nbytes + s.labels.nbytes for s in splits)
+    return 2**28 + 2 * data.nbytes
 
 
 def _first_line(error: BaseException) -> str:

@@ -21,6 +21,8 @@ from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.engine.prediction import Speed
 from distributed_stiffness.engine.speed import measure
 from distributed_stiffness.errors import GradientError
+from distributed_stiffness.factories import import_loss
+from distributed_stiffness.gradients.batches import Nest, from_numpy, map_tensors
 from distributed_stiffness.gradients.error_bound import HALF, error_bound, sample_examples
 from distributed_stiffness.gradients.gram import Rows, collect, cosine, folded_product
 from distributed_stiffness.gradients.per_example import PerExampleGradients
@@ -90,6 +92,7 @@ class Replica:
     ) -> None:
         self.study, self.data, self.plan, self.device = study, data, plan, device
         self.store, self.checkpoints = Store(store), Checkpoints(checkpoints)
+        self.loss = import_loss(study.loss)
         self._held = _HeldRows(int(ROWS_SHARE * plan.memory))
         self._models: OrderedDict[Checkpoint, nn.Module] = OrderedDict()
         self._gradients: tuple[Checkpoint, PerExampleGradients] | None = None
@@ -109,7 +112,7 @@ class Replica:
         """
         retries = self.store.retries
         if task.checkpoint is not None:
-            self._model(task.checkpoint)  # reads, while another thread computes
+            self._load(task.checkpoint)  # while another thread computes
         with self._computing:
             began = time.monotonic()
             work = self._computed(task)
@@ -130,11 +133,20 @@ class Replica:
             retries=self.store.retries - retries,
         )
 
-    def measure(self) -> Speed:
-        """Measure what gradients and their products take, on a network before training."""
-        model = build_model(self.study, self.data, self.study.training.seeds[0]).to(self.device)
-        few = slice(0, min(self.plan.batch, self.plan.n_examples))
-        return measure(self._per_example(model), self._examples(few), self.plan)
+    def measure(self) -> Speed | None:
+        """Measure what gradients and their products take, on a network before training.
+
+        None where memory runs out: the first task finds the blocks that fit.
+        """
+        try:
+            model = build_model(self.study, self.data, self.study.training.seeds[0])
+            few = slice(0, min(self.plan.batch, self.plan.n_examples))
+            gradients = self._per_example(model.to(self.device))
+            return measure(gradients, self._examples(few), self.plan)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
 
     def _computed(self, task: Task) -> _Work:
         """Compute a task that nobody has finished, with smaller blocks if it must be."""
@@ -181,7 +193,7 @@ class Replica:
 
     def _distance(self, task: Task) -> None:
         def make(examples: slice, into: list[Rows] | None) -> list[Rows]:
-            X = torch.from_numpy(self.data.inputs(examples)).to(self.device).flatten(1)
+            X = torch.from_numpy(self.data.features(examples)).to(self.device)
             length = torch.linalg.vector_norm(X, dim=1, dtype=torch.float64)
             X = X / torch.where(length > 0, length, 1.0).unsqueeze(1).to(X.dtype)
             made = Rows((), X, torch.ones(len(X), device=X.device), length, length, length > 0)
@@ -206,7 +218,7 @@ class Replica:
         gradients = self._gradients_of(checkpoint)
         bound = error_bound(
             gradients.model,
-            self.study.loss,
+            self.loss,
             inputs,
             targets,
             sample.cosines,
@@ -221,9 +233,21 @@ class Replica:
             tile = self.store.read("cosine", checkpoint, tiling.examples(i), tiling.examples(j))
             below = (np.abs(tile) < bound) & (tile != 0)  # exactly 0: a gradient is zero
             undecided += int(np.triu(below, 1).sum() if i == j else below.sum())
+        if self.study.training.imported:
+            self.store.write_values(checkpoint, **self._curves(checkpoint))
         # `undecided` last: the store counts a checkpoint as checked when it is there.
         self.store.write_values(checkpoint, error_bound=bound)
         self.store.write_values(checkpoint, undecided=undecided)
+
+    def _curves(self, checkpoint: Checkpoint) -> dict[str, float]:
+        """Return mean loss and accuracy of the examples, by split: no training measured them."""
+        split = np.array(self.data.split)
+        loss, correct = self.store.numbers(checkpoint, "loss", "correct")
+        curves = {}
+        for name in dict.fromkeys(self.data.split):
+            curves[f"{name}_loss"] = float(loss[split == name].mean())
+            curves[f"{name}_accuracy"] = float(correct[split == name].mean())
+        return curves
 
     # Tiles
 
@@ -308,10 +332,10 @@ class Replica:
             "correct": _joined(part.correct for part in parts),
         }
 
-    def _examples(self, examples: slice | np.ndarray) -> tuple[Tensor, Tensor]:
-        inputs = torch.from_numpy(self.data.inputs(examples))
+    def _examples(self, examples: slice | np.ndarray) -> tuple[Nest, Tensor]:
+        inputs = from_numpy(self.data.inputs(examples))
         labels = torch.from_numpy(np.array(self.data.examples.labels[examples]))
-        return inputs.to(self.device), labels.to(self.device)
+        return map_tensors(lambda t: t.to(self.device), inputs), labels.to(self.device)
 
     def _model(self, checkpoint: Checkpoint) -> nn.Module:
         """Return the network of a checkpoint; those of the last few are kept loaded."""
@@ -327,6 +351,14 @@ class Replica:
             self._models.move_to_end(checkpoint)
             return self._models[checkpoint]
 
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """Read a checkpoint before its turn; where there is no memory for it now, then."""
+        try:
+            self._model(checkpoint)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+
     def _gradients_of(self, checkpoint: Checkpoint) -> PerExampleGradients:
         """Return the gradients of a checkpoint's network; the last one is kept."""
         if self._gradients is None or self._gradients[0] != checkpoint:
@@ -337,7 +369,7 @@ class Replica:
         chosen = self.study.gradients
         return PerExampleGradients(
             model.eval(),
-            self.study.loss,
+            self.loss,
             self._examples(slice(0, 3)),
             parameters=chosen.parameters,
             precision=chosen.precision,

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from distributed_stiffness.engine.lease import Lease
-from distributed_stiffness.engine.prepare import Run, prepare
+from distributed_stiffness.engine.prepare import Prepared, Run, prepare
 from distributed_stiffness.engine.serial import run_serially
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.study import Study
 
 
-def run_study(study: Study, run: Run, progress: Progress | None = None) -> str:
+def run_study(
+    study: Study,
+    run: Run,
+    progress: Progress | None = None,
+    *,
+    bring: Callable[[Prepared], None] | None = None,
+) -> str:
     """Compute everything that the store lacks; return the store's path or URL.
 
-    Run it again after any interruption: it computes what is missing, and nothing else.
+    Run it again after any interruption: it computes what is missing, and nothing else. `bring` puts
+    checkpoints that were trained elsewhere in place, once everything else is known to fit.
 
     Raises:
         StiffnessError: whatever a user can mend, before costly work where that is possible.
@@ -20,8 +29,10 @@ def run_study(study: Study, run: Run, progress: Progress | None = None) -> str:
     """
     if progress is None:
         with Progress(quiet=run.quiet) as progress:
-            return run_study(study, run, progress)
+            return run_study(study, run, progress, bring=bring)
     prepared = prepare(study, run, progress)
+    if bring is not None:
+        bring(prepared)
     with Lease(run.store_url).held(progress) as lease:
         if run.engine == "serial":
             run_serially(prepared, lease)

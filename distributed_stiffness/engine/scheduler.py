@@ -11,8 +11,9 @@ import statistics
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
-from distributed_stiffness.tiling import Panel, Task
+from distributed_stiffness.tiling import Checkpoint, Kind, Panel, Task
 
 IN_FLIGHT = 2  # tasks a replica has at a time: one computes, the next loads, the last one writes
 MAX_FAILURES = 3  # times a task may fail, on different replicas where there are as many
@@ -20,8 +21,9 @@ MAX_FAILURES = 3  # times a task may fail, on different replicas where there are
 # there is much to do (rows are made once for it), small at the end, so that all end together.
 SHARE = 2
 COPIES = 2  # replicas that may have the same task
-# A task is slow after so many times what its like took, and so many seconds.
-SLOW, SLOW_SECONDS = 3.0, 10.0
+# A task is slow after so many times what its like took, and so many seconds. Who takes a copy of it
+# has nothing else to do, so that being wrong costs little.
+SLOW, SLOW_SECONDS = 1.5, 2.0
 _REMEMBERED = 64  # durations of a kind
 
 
@@ -39,6 +41,7 @@ class _Replica:
     running_since: float | None = None  # of the first
     panel: Panel | None = None  # of the last task that it was given
     rows: set[int] = field(default_factory=set)  # of that panel, in tasks given to it
+    pace: float = 0.0  # seconds of a tile, or a check, in the last task that it did
 
 
 class Scheduler:
@@ -52,16 +55,22 @@ class Scheduler:
 
     def __init__(self, *, in_flight: int = IN_FLIGHT, max_failures: int = MAX_FAILURES) -> None:
         self._in_flight, self._max_failures = in_flight, max_failures
-        self._waiting: dict[Panel, dict[Task, None]] = {}  # in the order they came
+        # By matrix and panel, in the order they came.
+        self._waiting: dict[Checkpoint | None, dict[Panel, dict[Task, None]]] = {}
         self._waiting_size = 0
+        self._left: Counter[Checkpoint | None] = Counter()  # what waits, by matrix
         self._replicas: dict[str, _Replica] = {}
+        # Names by number of tasks, so that a decision need not look at all.
+        self._with: list[dict[str, None]] = [{} for _ in range(in_flight + 1)]
+        self._starting: list[_Replica] = []  # their first task has begun since the time was said
         self._holders: defaultdict[Task, set[str]] = defaultdict(set)
         self._at_panel: Counter[Panel] = Counter()  # replicas
+        self._at_matrix: Counter[Checkpoint | None] = Counter()
         self._known: set[Task] = set()
         self._cut_up: set[Task] = set()  # there are smaller tasks instead
         self._failed_on: defaultdict[Task, set[str]] = defaultdict(set)
         self._failures: Counter[Task] = Counter()
-        self._seconds: defaultdict[str, deque[float]] = defaultdict(
+        self._seconds: defaultdict[Kind, deque[float]] = defaultdict(
             lambda: deque(maxlen=_REMEMBERED)
         )
         self.set_aside: dict[Task, str] = {}  # task -> the last error
@@ -80,7 +89,9 @@ class Scheduler:
 
     def replica_ready(self, replica: str) -> None:
         """A replica can take tasks."""
-        self._replicas.setdefault(replica, _Replica())
+        if replica not in self._replicas:
+            self._replicas[replica] = _Replica()
+            self._with[0][replica] = None
 
     def replica_lost(self, replica: str, error: str | None = None) -> list[Task]:
         """A replica is gone; its tasks wait again. Return them.
@@ -92,8 +103,8 @@ class Scheduler:
             self._release(replica, task)
             self._put_back(task)
         gone = self._replicas.pop(replica, _Replica())
-        if gone.panel is not None:
-            self._at_panel[gone.panel] -= 1
+        self._with[0].pop(replica, None)
+        self._move(gone, None)
         if lost and error is not None and not self._is_over(lost[0]):
             self._count_failure(replica, lost[0], error)
         return lost
@@ -107,6 +118,8 @@ class Scheduler:
         self.set_aside.pop(task, None)
         if seconds is not None:
             self._seconds[task.kind].append(seconds / task.size)
+            if replica in self._replicas:
+                self._replicas[replica].pace = seconds / task.size
         is_new = task not in self.done
         self.done.add(task)
         return is_new
@@ -128,18 +141,17 @@ class Scheduler:
     def assign(self, now: float = 0.0) -> list[Assignment]:
         """Hand tasks to replicas that have room, the idlest first; `now` in seconds."""
         self._now = now
-        for replica in self._replicas.values():
-            if replica.tasks and replica.running_since is None:
-                replica.running_since = now
+        for replica in self._starting:
+            replica.running_since = now
+        self._starting.clear()
         assignments = [
             self._give(name, task)
             for room in range(self._in_flight)
-            for name, replica in self._replicas.items()
-            if len(replica.tasks) == room and (task := self._choose(name)) is not None
+            for name in list(self._with[room] if self._waiting else ())
+            if (task := self._choose(name)) is not None
         ]
-        idle = [name for name, replica in self._replicas.items() if not replica.tasks]
-        if idle:
-            assignments += self._double(idle)
+        if self._with[0]:
+            assignments += self._double(list(self._with[0]))
         return assignments
 
     @property
@@ -160,50 +172,49 @@ class Scheduler:
         """Every replica and its tasks."""
         return {name: list(replica.tasks) for name, replica in self._replicas.items()}
 
-    def open_tasks(self, checkpoint: object) -> list[Task]:
+    def open_tasks(self, checkpoint: Checkpoint | None) -> list[Task]:
         """Tasks of a checkpoint that wait or run."""
-        waiting = (task for tasks in self._waiting.values() for task in tasks)
-        found = {task: None for task in (*waiting, *self._held()) if task not in self.done}
-        return [task for task in found if task.checkpoint == checkpoint]
+        panels = self._waiting.get(checkpoint, {}).values()
+        waiting = (task for tasks in panels for task in tasks)
+        held = (task for task in self._held() if task.checkpoint == checkpoint)
+        return [task for task in dict.fromkeys((*waiting, *held)) if task not in self.done]
 
     # Choosing
 
     def _choose(self, name: str) -> Task | None:
         """Return a task that waits for a replica, no larger than it should be."""
         for panel in self._panels(self._replicas[name]):
-            for task in self._waiting[panel]:
+            for task in self._waiting[panel[0]][panel]:
                 if self._may_try(name, task):
                     return self._cut(name, task)
         return None
 
     def _panels(self, replica: _Replica) -> Iterator[Panel]:
         """Panels that wait, in the order in which a replica should look at them."""
-        if replica.panel in self._waiting:
-            yield replica.panel
-        here = None if replica.panel is None else replica.panel[0]
-        replicas: Counter[object] = Counter()  # by checkpoint
-        for panel, count in self._at_panel.items():
-            replicas[panel[0]] += count
-        left: Counter[object] = Counter()
-        for panel, tasks in self._waiting.items():
-            left[panel[0]] += len(tasks)
+        here = replica.panel
+        if here is not None and here in self._waiting.get(here[0], {}):
+            yield here
 
-        def crowded(panel: Panel) -> tuple[bool, float, float]:
-            checkpoint, _ = panel
-            return (
-                replica.panel is None or checkpoint != here,
-                replicas[checkpoint] / left[checkpoint],
-                self._at_panel[panel] / len(self._waiting[panel]),
-            )
+        def crowded(matrix: Checkpoint | None) -> tuple[bool, float]:
+            elsewhere = here is None or matrix != here[0]
+            return elsewhere, self._at_matrix[matrix] / self._left[matrix]
 
-        yield from sorted(self._waiting, key=crowded)
+        for matrix in sorted(self._waiting, key=crowded):
+            panels = self._waiting[matrix]
+            yield from sorted(panels, key=lambda p: self._at_panel[p] / len(panels[p]))
 
     def _cut(self, name: str, task: Task) -> Task:
-        """Cut off what is too much for one replica; it waits in the task's place."""
-        most = math.ceil(self._waiting_size / (SHARE * len(self._replicas)))
-        if task.size <= most:
+        """Cut off what is too much for one replica; it waits in the task's place.
+
+        One that is slower than usual gets less, so that the others need not wait for it at the end.
+        """
+        if task.size == 1:
             return task
         replica = self._replicas[name]
+        slowness = max(1.0, replica.pace / self._usual(task.kind))
+        most = math.ceil(self._waiting_size / (SHARE * len(self._replicas) * slowness))
+        if task.size <= most:
+            return task
         held = replica.rows if replica.panel == task.panel else set()
         part, rest = task.split(most, first=held)
         for piece in (part, rest):
@@ -211,9 +222,11 @@ class Scheduler:
             self._failed_on[piece] = set(self._failed_on[task])
             self._failures[piece] = self._failures[task]
         self._cut_up.add(task)
-        tasks = self._waiting[task.panel]
-        self._waiting[task.panel] = {
-            other: None for t in tasks for other in ((part, rest) if t == task else (t,))
+        panels = self._waiting[task.checkpoint]
+        panels[task.panel] = {
+            other: None
+            for waiting in panels[task.panel]
+            for other in ((part, rest) if waiting == task else (waiting,))
         }
         return part
 
@@ -225,17 +238,33 @@ class Scheduler:
     def _give(self, name: str, task: Task) -> Assignment:
         self._withdraw(task)
         replica = self._replicas[name]
-        replica.tasks.append(task)
+        self._recount(name, task, +1)
         if len(replica.tasks) == 1:
             replica.running_since = self._now
         self._holders[task].add(name)
-        if replica.panel != task.panel:
-            if replica.panel is not None:
-                self._at_panel[replica.panel] -= 1
-            self._at_panel[task.panel] += 1
-            replica.panel, replica.rows = task.panel, set()
+        self._move(replica, task.panel)
         replica.rows |= set(task.rows)
         return Assignment(name, task)
+
+    def _recount(self, name: str, task: Task, change: Literal[1, -1]) -> None:
+        """Add a task to a replica's, or take it away."""
+        tasks = self._replicas[name].tasks
+        del self._with[len(tasks)][name]
+        if change > 0:
+            tasks.append(task)
+        else:
+            tasks.remove(task)
+        self._with[len(tasks)][name] = None
+
+    def _move(self, replica: _Replica, panel: Panel | None) -> None:
+        """Note which panel a replica is at; it begins with none of its rows."""
+        if replica.panel == panel:
+            return
+        for place, change in ((replica.panel, -1), (panel, +1)):
+            if place is not None:
+                self._at_panel[place] += change
+                self._at_matrix[place[0]] += change
+        replica.panel, replica.rows = panel, set()
 
     def _double(self, idle: list[str]) -> Iterator[Assignment]:
         """Give replicas without work what others have not begun, or have been at for too long."""
@@ -248,16 +277,24 @@ class Scheduler:
                 yield self._give(name, task)
 
     def _slow_or_queued(self) -> Iterator[Task]:
-        queued = (task for replica in self._replicas.values() for task in replica.tasks[1:])
-        yield from (task for task in queued if self._could_double(task))
+        for number in range(2, self._in_flight + 1):
+            for name in self._with[number]:
+                yield from filter(self._could_double, self._replicas[name].tasks[1:])
+        usual = {kind: self._usual(kind) for kind in self._seconds}
         for replica in self._replicas.values():
-            if not replica.tasks or replica.running_since is None:
+            began = replica.running_since
+            if began is None or self._now - began <= SLOW_SECONDS:
                 continue
-            task, known = replica.tasks[0], self._seconds[replica.tasks[0].kind]
-            if known and self._could_double(task):
-                usual = statistics.median(known) * task.size
-                if self._now - replica.running_since > max(SLOW_SECONDS, SLOW * usual):
-                    yield task
+            task = replica.tasks[0]
+            slow = SLOW * usual.get(task.kind, math.inf) * task.size
+            if self._now - began > slow and self._could_double(task):
+                yield task
+
+    def _usual(self, kind: Kind) -> float:
+        """Return the median time of a tile, or a check; infinity where none was done yet."""
+        known = self._seconds.get(kind)
+        # What another has finished meanwhile takes no time.
+        return max(1e-9, statistics.median(known)) if known else math.inf
 
     def _could_double(self, task: Task) -> bool:
         return not self._is_over(task) and len(self._holders[task]) < COPIES
@@ -274,25 +311,34 @@ class Scheduler:
         return task in self.done or task in self.set_aside
 
     def _wait(self, task: Task) -> None:
-        self._waiting.setdefault(task.panel, {})[task] = None
-        self._waiting_size += task.size
+        self._waiting.setdefault(task.checkpoint, {}).setdefault(task.panel, {})[task] = None
+        self._count_waiting(task, +1)
+
+    def _count_waiting(self, task: Task, change: Literal[1, -1]) -> None:
+        self._waiting_size += change * task.size
+        self._left[task.checkpoint] += change * task.size
 
     def _withdraw(self, task: Task) -> None:
         """Take a task from those that wait, if it does."""
-        tasks = self._waiting.get(task.panel, {})
-        if task in tasks:
-            del tasks[task]
-            self._waiting_size -= task.size
+        panels = self._waiting.get(task.checkpoint, {})
+        tasks = panels.get(task.panel, {})
+        if task not in tasks:
+            return
+        del tasks[task]
+        self._count_waiting(task, -1)
         if not tasks:
-            self._waiting.pop(task.panel, None)
+            del panels[task.panel]
+        if not panels:
+            del self._waiting[task.checkpoint]
 
     def _put_back(self, task: Task) -> None:
         """Let a task wait again, before all others: it holds up the end of its checkpoint."""
         if self._is_over(task) or self._holders[task]:
             return
-        self._waiting_size += task.size
-        panel = {task: None} | self._waiting.pop(task.panel, {})
-        self._waiting = {task.panel: panel} | self._waiting
+        panels = self._waiting.pop(task.checkpoint, {})
+        tasks = {task: None} | panels.pop(task.panel, {})
+        self._waiting = {task.checkpoint: {task.panel: tasks} | panels} | self._waiting
+        self._count_waiting(task, +1)
 
     def _count_failure(self, replica: str, task: Task, error: str) -> None:
         """Set a task aside when it has failed often enough and nobody else is at it."""
@@ -306,8 +352,11 @@ class Scheduler:
         held = self._replicas.get(replica)
         if held is None or task not in held.tasks:
             return False
-        if task == held.tasks[0]:
+        began = task == held.tasks[0]
+        self._recount(replica, task, -1)
+        if began:
             held.running_since = None
-        held.tasks.remove(task)
+            if held.tasks:
+                self._starting.append(held)
         self._holders[task].discard(replica)
         return True

@@ -49,8 +49,8 @@ def _compute(job: Job) -> None:
         checkpoints=job.checkpoints,
         device=job.device,
     )
-    if not job.scheduler.idle:
-        job.measured(replica.measure(), replicas=1)
+    if not job.scheduler.idle and (speed := replica.measure()) is not None:
+        job.measured(speed, replicas=1)
     job.scheduler.replica_ready(NAME)
     while assignments := job.assign():
         for assignment in assignments:

@@ -18,30 +18,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from faults import TESTS, TILES, long_study
 from studies import arrays, assert_same_bits, hears_ctrl_c, run_options, tiny_study
 
 from distributed_stiffness.engine import run_study
 from distributed_stiffness.errors import ClusterError, StoreError
-from distributed_stiffness.study import Gradients, Study, Training
-
-TESTS = Path(__file__).parents[1]
-TILES = "cosine/c/*/*/*/*/[0-9]*"  # and no unfinished file, whose name begins with a dot
-
-
-def long_study() -> Study:
-    """Enough tiles that a run can be killed in the middle: 3 checkpoints of 225 tiles."""
-    return tiny_study(
-        gradients=Gradients(tile=4),
-        training=Training(learning_rates=(1e-3,), iterations=(0, 20, 40)),
-    )
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The long study, computed in one process."""
-    store = tmp_path_factory.mktemp("serial") / "long.zarr"
-    run_study(long_study(), run_options(store))
-    return store
 
 
 def start_driver(store: Path) -> subprocess.Popen[str]:
@@ -53,7 +34,7 @@ def start_driver(store: Path) -> subprocess.Popen[str]:
         from distributed_stiffness.cli import run_app
         from distributed_stiffness.engine import run_study
         from studies import run_options
-        from test_ray import long_study
+        from faults import long_study
         options = run_options({str(store)!r}, engine="ray", quiet=False)
         run_app(lambda: run_study(long_study(), options))
         """

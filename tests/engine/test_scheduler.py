@@ -360,6 +360,16 @@ class TestOrder:
         assert max(sizes) == 8
         assert set(sizes[-4:]) == {1}
 
+    def test_a_slow_replica_gets_less(self, scheduler):
+        """As much less as it is slower than usual."""
+        for name, seconds in (("a", 40.0), *(("b", 10.0) for _ in range(5))):
+            (task,) = matrix(0 if name == "a" else int(seconds), chunks=1, panel_chunks=1)
+            scheduler.task_done(name, task, seconds)
+        scheduler.add([Task("pairs", Checkpoint(0, 0, 1), tuple(range(16)), 20, 0)])
+
+        first = {a.replica: a.task.size for a in reversed(scheduler.assign())}
+        assert first == {"a": 1, "b": 4}
+
     def test_what_is_cut_goes_where_its_rows_are(self):
         """A replica that has some of a task's rows takes these."""
         task = Task("pairs", Checkpoint(0, 0, 0), rows=(0, 1, 2, 3), column=5, first_row=0)
@@ -388,14 +398,14 @@ class TestStragglers:
 
         assert scheduler.assign(0.0) == [Assignment("b", queued.task)]
 
-    def test_what_takes_three_times_as_long(self, scheduler):
+    def test_what_takes_half_as_long_again(self, scheduler):
         """The first result counts; the run does not wait for the other."""
         fast, slow = self.one_each(scheduler)
         (fast_on,) = [n for n, tasks_ in scheduler.replicas().items() if tasks_ == [fast]]
         scheduler.task_done(fast_on, fast, 10.0)
-        assert scheduler.assign(29.0) == []
+        assert scheduler.assign(14.0) == []
 
-        assert scheduler.assign(31.0) == [Assignment(fast_on, slow)]
+        assert scheduler.assign(16.0) == [Assignment(fast_on, slow)]
         assert scheduler.assign(99.0) == []
         assert not scheduler.idle
         assert scheduler.task_done(fast_on, slow, 10.0)
