@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         gram_matrix,
         layer_cosines,
     )
+    from distributed_stiffness.importing import measure_checkpoints
     from distributed_stiffness.study import Study
     from distributed_stiffness.verify import verify_store
 
@@ -34,6 +35,7 @@ _HOMES = {
     "gradient_norms": "gradients",
     "gram_matrix": "gradients",
     "layer_cosines": "gradients",
+    "measure_checkpoints": "importing",
     "verify_store": "verify",
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "gradient_norms",
     "gram_matrix",
     "layer_cosines",
+    "measure_checkpoints",
     "run_study",
     "verify_store",
 ]

@@ -37,7 +37,12 @@ class TrainingRun:
     seed: int
 
     def __str__(self) -> str:
-        return f"learning rate {self.learning_rate:g}, seed {self.seed}"
+        return f"learning rate {rate_in_words(self.learning_rate)}, seed {self.seed}"
+
+
+def rate_in_words(learning_rate: float) -> str:
+    """Write a learning rate; 0 is that of a checkpoint of which nobody said it."""
+    return f"{learning_rate:g}" if learning_rate else "not given"
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,33 @@ class Checkpoints:
         state = _training_state(optimizer)
         self._write(self._path(run, iteration, "training", rolling), state, {})
         self._write(self._path(run, iteration, "model", rolling), weights, {"metrics": text})
+
+    def put(
+        self, run: TrainingRun, iteration: int, weights: Mapping[str, Tensor], source: str
+    ) -> None:
+        """Write weights that were trained elsewhere; `source` says from what, and is kept."""
+        header = {"metrics": "{}", "source": source}
+        self._write(self._path(run, iteration, "model"), _copied(weights), header)
+
+    def source(self, run: TrainingRun, iteration: int) -> str | None:
+        """Return what the weights of a checkpoint were put from; None: there are none.
+
+        Raises:
+            StoreError: the file is not one that was put, or of another study.
+        """
+        path = self._path(run, iteration, "model")
+        try:
+            with self._fs.open(path, "rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise StoreError(f"cannot read the checkpoint {path}: {error}") from error
+        metadata = header.get("__metadata__", {})
+        self._require_identity(path, metadata)
+        if "source" not in metadata:
+            raise StoreError(f"{path} was not imported: give another --store, or move it away")
+        return str(metadata["source"])
 
     def load_weights(self, run: TrainingRun, iteration: int, *, rolling: bool = False) -> Weights:
         """Read the weights of a checkpoint.
@@ -181,16 +213,19 @@ class Checkpoints:
             raise StoreError(f"{path} is not a checkpoint of this program: its header has no hash")
         if weights_hash(tensors) != metadata["sha256"]:
             raise StoreError(_damaged(path, "its tensors do not have the hash in its header"))
+        self._require_identity(path, metadata)
+        return tensors, metadata
+
+    def _require_identity(self, path: str, metadata: Mapping[str, str]) -> None:
         if self.identity is not None and metadata.get("identity") != self.identity:
             raise StoreError(
                 f"{path} is of another study: its data, labels, preprocessing, network or optimiser"
                 " were others. Give another --checkpoints (and --store), or delete the old ones"
             )
-        return tensors, metadata
 
 
 def _damaged(path: str, why: str) -> str:
-    return f"{path} is damaged: {why}; delete it, and training makes it again"
+    return f"{path} is damaged: {why}; delete it, and the same command makes it again"
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

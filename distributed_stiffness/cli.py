@@ -6,23 +6,26 @@ interrupted (the store continues).
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
+import signal
 import sys
 import tempfile
+import threading
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
-import pydantic
 import typer
 import yaml
 from rich.console import Console
 
 from distributed_stiffness.errors import StiffnessError, StudyError
 from distributed_stiffness.progress import Progress
-from distributed_stiffness.study import Data, Study, Training
+from distributed_stiffness.study import Data, Study, Training, build_study
 
 app = typer.Typer(
     help="Stiffness of neural networks: all pairs, every checkpoint, on a Ray cluster.",
@@ -48,11 +51,15 @@ def run_app(application: Callable[[], Any]) -> None:
     """Run a command; print what a user can mend without a traceback."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        application()
+        with _interrupted_by_signals():
+            application()
     except StiffnessError as error:
         console.print(f"error: {error}", style="red", markup=False)
         sys.exit(1)
-    except (Interrupted, KeyboardInterrupt):
+    except (Interrupted, KeyboardInterrupt, SystemExit) as ending:
+        # Ray has a handler of its own while it starts and ends, which exits with the signal.
+        if isinstance(ending, SystemExit) and ending.code != signal.SIGTERM:
+            raise
         console.print("interrupted; what is done is kept: run the same command again to go on")
         sys.exit(130)
 
@@ -82,6 +89,162 @@ def run(
     """
     chosen = _checked_run(store=store, data_directory=data_dir, address=address)
     compute_and_present(read_study(study), chosen)
+
+
+@app.command()
+def gram(
+    *,
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CHECKPOINTS]...",
+            help="More checkpoints: what a shell makes of a * without quotes.",
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="package.module:factory, torchvision:NAME, timm:NAME, hf:FOLDER, or"
+            " fully_connected, cnn, resnet20, resnet18."
+        ),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="package.module:factory, npz:FILE, images:FOLDER, hf:FOLDER, or digits, mnist, …;"
+            " inputs are taken as they are."
+        ),
+    ],
+    checkpoints: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Paths or URLs, with * and ** (in quotes): .safetensors, .pt, .pth, .ckpt, or"
+            " folders of Hugging Face; repeatable. Default: the folder of an hf: model."
+        ),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="How the paths end, such as 'lr{learning_rate}/seed{seed}/step-{iteration}';"
+            " default: numbers after lr, seed, step, epoch and the like."
+        ),
+    ] = None,
+    table: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of --checkpoints: a CSV file of path, learning_rate, seed, iteration."
+        ),
+    ] = None,
+    store: Annotated[
+        str, typer.Option(help="Store of the results: a path, or a URL such as s3://…")
+    ] = "results/gram.zarr",
+    loss: Annotated[
+        str,
+        typer.Option(help="cross_entropy, or package.module:function of (outputs, targets)."),
+    ] = "cross_entropy",
+    examples: Annotated[
+        str, typer.Option(help="Examples whose pairs are computed, or 'all'.")
+    ] = "all",
+    train_examples: Annotated[
+        int, typer.Option(help="Examples of a training split, put before them.")
+    ] = 0,
+    iterations: Annotated[
+        str | None, typer.Option(help="Those that are looked at, comma-separated; default: all.")
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(help="Of the names in the checkpoints, such as 'model.'; default: found."),
+    ] = None,
+    model_option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the model; repeatable.")
+    ] = None,
+    data_option: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE for the data, such as resize=256; repeatable."),
+    ] = None,
+    parameters: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of the parameters in play, such as 'layer4.*'; repeatable."),
+    ] = None,
+    standardise: Annotated[
+        bool,
+        typer.Option("--standardise", help="Standardise inputs over a training split."),
+    ] = False,
+    unit_norm: Annotated[
+        bool, typer.Option("--unit-norm", help="And scale each to unit norm.")
+    ] = False,
+    precision: Annotated[
+        str, typer.Option(help="float32, float64, bf16, bf16x3 or tf32.")
+    ] = "float32",
+    tile: Annotated[
+        int | None, typer.Option(help="Edge of a tile; default: about 1,000 examples.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Of the report.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Folder of data sets.")] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(help="Folder of figures and report; default: beside the store."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to join; default: $RAY_ADDRESS, else start Ray here."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    max_replicas: Annotated[int | None, typer.Option(help="Replicas at most.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of a replica.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory of a replica, such as 4GB; default: its share.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="ray, or serial: this process alone.")] = "ray",
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Say what it will cost, and stop.")
+    ] = False,
+) -> None:
+    """Compute the stiffness of networks that you have trained, from their checkpoints.
+
+    Run the same command again after an interruption: what is done is kept.
+
+    Example: stiffness gram --model nets:build --data data:validation --checkpoints
+    'runs/*/step-*.safetensors' --store out.zarr
+    """
+    from distributed_stiffness.importing import gather
+
+    found = gather(
+        model,
+        data,
+        [*(checkpoints or []), *(more or [])] or None,
+        pattern=pattern,
+        table=table,
+        iterations=None if iterations is None else _split("--iterations", iterations, int),
+        prefix=prefix,
+        loss=loss,
+        examples=_count(examples),
+        train_examples=train_examples,
+        standardise=standardise,
+        unit_norm=unit_norm,
+        model_options=_options("--model-option", model_option or []),
+        data_options=_options("--data-option", data_option or []),
+        parameters=parameters,
+        precision=precision,
+        tile=tile,
+        title=title,
+    )
+    chosen = _checked_run(
+        store=store,
+        data_directory=data_dir,
+        address=address,
+        device=device,
+        max_replicas=max_replicas,
+        threads=threads,
+        memory=_bytes(memory),
+        engine=engine,
+    )
+    _say(found.lines())
+    if plan_only:
+        with _interruptible():
+            show_plan(found.study, chosen, replicas=max_replicas or 1)
+    else:
+        compute_and_present(found.study, chosen, folder=figures, bring=found.bring)
 
 
 @app.command()
@@ -188,7 +351,10 @@ def plan(
 def explain(
     model: Annotated[
         str,
-        typer.Option(help="fully_connected, cnn, resnet20, resnet18 or package.module:factory."),
+        typer.Option(
+            help="fully_connected, cnn, resnet20, resnet18, torchvision:NAME, timm:NAME, hf:FOLDER"
+            " or package.module:factory."
+        ),
     ] = "fully_connected",
     model_option: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE for the model; repeatable.")
@@ -446,7 +612,13 @@ def show_plan(study: Study, chosen: Any, *, replicas: int, as_json: bool = False
     _say([json.dumps(whole)] if as_json else lines)
 
 
-def compute_and_present(study: Study, chosen: Any, *, folder: Path | None = None) -> None:
+def compute_and_present(
+    study: Study,
+    chosen: Any,
+    *,
+    folder: Path | None = None,
+    bring: Callable[[Any], None] | None = None,
+) -> None:
     """Compute a study, then draw its figures, write its report and print what they show."""
     from distributed_stiffness.engine import run_study
     from distributed_stiffness.report import present
@@ -458,7 +630,7 @@ def compute_and_present(study: Study, chosen: Any, *, folder: Path | None = None
                 f"note: the store {chosen.store!r} is relative to the job's scratch folder; give"
                 " an absolute path or a URL to keep it"
             )
-        store = run_study(study, chosen, progress)
+        store = run_study(study, chosen, progress, bring=bring)
         if chosen.rows is None:  # figures of a part would mislead
             _say(present(store, folder, progress))
 
@@ -470,25 +642,32 @@ def beside(store: str) -> Path:
     return Path("results", name.rpartition("/")[2]) if "://" in name else Path(name)
 
 
-def build_study(build: Callable[[], Study]) -> Study:
-    """Build a study; say what is wrong with it in words.
-
-    Raises:
-        StudyError: a field is wrong; the message names it, its value and what is expected.
-    """
-    try:
-        return build()
-    except pydantic.ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, e['loc'])) or 'study'}: {e['msg'].removeprefix('Value error, ')}"
-            + ("" if isinstance(e["input"], dict | list) else f" (got {str(e['input'])[:60]!r})")
-            for e in error.errors()
-        ]
-        raise StudyError("these settings do not fit: " + "; ".join(lines)) from error
-
-
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """Ctrl-C or SIGTERM; typer would swallow a KeyboardInterrupt before it says what is kept."""
+
+
+@contextlib.contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Raise Interrupted on Ctrl-C and SIGTERM, in whatever is being done or imported."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise Interrupted
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        atexit.register(_ignore_signals)  # nothing is left that could be interrupted
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -567,11 +746,15 @@ def _rows(text: str | None) -> tuple[int, int] | None:
 
 
 def _model_options(pairs: list[str]) -> dict[str, Any]:
+    return _options("--model-option", pairs)
+
+
+def _options(option: str, pairs: list[str]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise StudyError(f"--model-option is {pair!r}: expected NAME=VALUE")
+            raise StudyError(f"{option} is {pair!r}: expected NAME=VALUE")
         try:
             options[name] = json.loads(value)  # 3, true, [500,300]
         except ValueError:

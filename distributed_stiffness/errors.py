@@ -21,6 +21,10 @@ class ModelError(StiffnessError, ValueError):
     """A network cannot be built, or does not fit its data."""
 
 
+class CheckpointError(StiffnessError, ValueError):
+    """A checkpoint from elsewhere cannot be found, placed, read, or does not fit the network."""
+
+
 class GradientError(StiffnessError, RuntimeError):
     """Per-example gradients are not defined, not finite, or fail the self-check."""
 

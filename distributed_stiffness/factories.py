@@ -1,4 +1,4 @@
-"""`package.module:factory`: a function of the user's, by name."""
+"""`package.module:factory`: a function of the user's, by name; and the name of such a function."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distributed_stiffness.errors import StiffnessError
+from distributed_stiffness.errors import StiffnessError, StudyError
 
 
 def import_factory(name: str, what: str, error: type[StiffnessError]) -> Callable[..., Any]:
@@ -33,3 +33,29 @@ def import_factory(name: str, what: str, error: type[StiffnessError]) -> Callabl
     if not callable(factory):
         raise error(f"{what} {name!r} is a {type(factory).__name__}: expected a function")
     return factory  # type: ignore[no-any-return]  # callable() tells mypy nothing
+
+
+def import_loss(name: str) -> Callable[..., Any] | str:
+    """Return the loss of a study: "cross_entropy", or the function that the name stands for.
+
+    Raises:
+        StudyError: there is no such function.
+    """
+    return name if name == "cross_entropy" else import_factory(name, "loss", StudyError)
+
+
+def name_of(function: str | Callable[..., Any], what: str) -> str:
+    """Return the name by which every process can import a function; a name stays.
+
+    Raises:
+        StudyError: it has none, being defined in a notebook, a script or another function.
+    """
+    if isinstance(function, str):
+        return function
+    module, qualified = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    if module in (None, "__main__") or not qualified or "<" in qualified or "." in qualified:
+        raise StudyError(
+            f"{what} is {function!r}, which other processes cannot import: put it into a module"
+            f" (a file beside this one) and give its name, {what}='module:function'"
+        )
+    return f"{module}:{qualified}"

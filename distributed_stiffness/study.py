@@ -9,17 +9,37 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from distributed_stiffness.errors import StudyError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Option = bool | int | float | str | list[int]
+Option = bool | int | float | str | list[int] | list[float]
+
+
+def _rate(value: float, info: ValidationInfo) -> float:
+    """Refuse a learning rate of 0 where the study trains; elsewhere it says: not given."""
+    if value == NOT_GIVEN and not info.data.get("imported"):
+        raise ValueError("Input should be greater than 0")
+    return value
+
+
+NOT_GIVEN = 0.0  # the learning rate of a checkpoint of which nobody said it; no training has it
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_rate)]
 
 # Raised by one whenever the gradient code can give other numbers for the same study.
 GRADIENT_ENGINE_VERSION = 2
@@ -35,13 +55,29 @@ class Data(Frozen):
     """Which examples."""
 
     name: str = "digits"
+    options: dict[str, Option] = Field(default_factory=dict)  # of what `name` calls or reads
     validation_examples: Annotated[int, Field(ge=0)] | None = None  # None: the whole split
     train_examples: Annotated[int, Field(ge=0)] = 0  # of the training split, put before these
     sample_seed: Seed = 0  # draws the examples, balanced over classes
     permuted_labels: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of training labels
     permutation_seed: Seed = 0
+    standardise: bool = True  # over the training split; False: inputs are taken as they are
     unit_norm: bool = True  # each standardised input on the unit sphere, as in the paper
     accept_unverified: bool = False  # read files whose checksums are not the published ones
+
+    @model_validator(mode="after")
+    def _as_they_are(self) -> Self:
+        if self.unit_norm and not self.standardise:
+            raise ValueError(
+                "unit_norm scales inputs that are standardised: with standardise false, give"
+                " unit_norm false too"
+            )
+        return self
+
+    @property
+    def preprocessing(self) -> dict[str, bool]:
+        """What is done to the inputs, for hashes; a field that came later only where it is set."""
+        return {"unit_norm": self.unit_norm} | ({} if self.standardise else {"standardise": False})
 
 
 class Model(Frozen):
@@ -54,7 +90,9 @@ class Model(Frozen):
 class Training(Frozen):
     """One training run for each learning rate and seed, all with the same iterations."""
 
-    learning_rates: tuple[Positive, ...] = (1e-3,)
+    # Trained elsewhere: rates, seeds and iterations say what there is. First, for the rates look.
+    imported: bool = False
+    learning_rates: tuple[Rate, ...] = (1e-3,)
     seeds: tuple[Seed, ...] = (0,)
     iterations: tuple[Annotated[int, Field(ge=0)], ...] | None = None  # None: four stages
     epochs: Positive = 10.0  # with iterations None: how long
@@ -84,6 +122,20 @@ class Training(Frozen):
                     f"{','.join(map(str, sorted(set(values))))}"
                 )
         return values
+
+    @model_validator(mode="after")
+    def _has_iterations(self) -> Self:
+        if self.imported and self.iterations is None:
+            raise ValueError("imported checkpoints have iterations: name them")
+        return self
+
+    @property
+    def of_checkpoints(self) -> dict[str, Any]:
+        """What says how the checkpoints came about, for hashes."""
+        if self.imported:
+            named = {"imported", "learning_rates", "seeds", "iterations"}
+            return self.model_dump(mode="json", include=named)
+        return self.model_dump(mode="json", exclude={"imported", "epochs"})
 
     def resolved(self, n_train: int) -> Training:
         """Return the same with its iterations written out."""
@@ -126,13 +178,20 @@ class Study(Frozen):
     model: Model = Model()
     training: Training = Training()
     gradients: Gradients = Gradients()
-    loss: Literal["cross_entropy"] = "cross_entropy"
+    loss: str = "cross_entropy"  # or package.module:function of (outputs, targets) -> (N,)
 
     @model_validator(mode="after")
     def _some_examples(self) -> Self:
         if self.data.validation_examples == 0 and self.data.train_examples == 0:
             raise ValueError("no examples: validation_examples and train_examples are both 0")
         return self
+
+    @field_validator("loss")
+    @classmethod
+    def _named(cls, loss: str) -> str:
+        if loss != "cross_entropy" and ":" not in loss:
+            raise ValueError("expected cross_entropy, or package.module:function for your own")
+        return loss
 
     def resolved(self, n_train: int) -> Study:
         """Return the same with its iterations written out."""
@@ -169,13 +228,13 @@ def fingerprint(study: Study, *, content: str, tile: int) -> dict[str, Any]:
     """
     return {
         "data": content,
-        "preprocessing": {"unit_norm": study.data.unit_norm},
+        "preprocessing": study.data.preprocessing,
         "labels": {
             "permuted": study.data.permuted_labels,
             "seed": study.data.permutation_seed,
         },
         "model": study.model.model_dump(mode="json"),
-        "training": study.training.model_dump(mode="json", exclude={"epochs"}),
+        "training": study.training.of_checkpoints,
         "loss": study.loss,
         "parameters": study.gradients.model_dump(mode="json")["parameters"],
         "precision": study.gradients.precision,
@@ -193,13 +252,14 @@ def training_identity(study: Study, *, content: str) -> str:
         study: of which the checkpoints are.
         content: hash of the training data, with their labels as they are trained on.
     """
-    per_run = {"learning_rates", "seeds", "iterations", "epochs"}
+    per_run = {"learning_rates", "seeds", "iterations"}
+    training = study.training.of_checkpoints
     return digest(
         {
             "data": content,
-            "unit_norm": study.data.unit_norm,
+            **study.data.preprocessing,
             "model": study.model.model_dump(mode="json"),
-            "training": study.training.model_dump(mode="json", exclude=per_run),
+            "training": {k: v for k, v in training.items() if k not in per_run},
             "loss": study.loss,
         }
     )
@@ -220,3 +280,20 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def digest(value: Any) -> str:
     """Return a short hash of anything that JSON can say."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def build_study(build: Callable[[], Study]) -> Study:
+    """Build a study; say what is wrong with it in words.
+
+    Raises:
+        StudyError: a field is wrong; the message names it, its value and what is expected.
+    """
+    try:
+        return build()
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, e['loc'])) or 'study'}: {e['msg'].removeprefix('Value error, ')}"
+            + ("" if isinstance(e["input"], dict | list) else f" (got {str(e['input'])[:60]!r})")
+            for e in error.errors()
+        ]
+        raise StudyError("these settings do not fit: " + "; ".join(lines)) from error

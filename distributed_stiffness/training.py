@@ -19,10 +19,12 @@ from torch import nn
 
 from distributed_stiffness.checkpoints import Checkpoints, TrainingRun
 from distributed_stiffness.data.examples import Split
-from distributed_stiffness.data.preprocessing import Preprocessing
+from distributed_stiffness.data.preprocessing import AsGiven, Preprocessing
 from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.errors import TrainingError
-from distributed_stiffness.gradients.loss_head import cross_entropy
+from distributed_stiffness.factories import import_loss
+from distributed_stiffness.gradients.batches import Nest, call, from_numpy, map_tensors
+from distributed_stiffness.gradients.loss_head import cross_entropy, logits_of
 from distributed_stiffness.models import build
 from distributed_stiffness.study import Study, Training
 
@@ -73,13 +75,13 @@ def train(
     optimizer = _optimizer(study.training, model, run.learning_rate)
     torch.manual_seed(run.seed)  # dropout and the like
     step = _continue(run, checkpoints, wanted, model, optimizer)
-    steps_per_epoch = study.training.steps_per_epoch(len(data.labelled.train.labels))
+    steps_per_epoch = study.training.steps_per_epoch(data.n_train)
     batches = _Batches(data, study.training, run.seed, device)
     loss, last_event = math.nan, time.monotonic()
     yield TrainingEvent(run, step, loss)  # it has begun: an evaluation may take long
     while True:
         if step in wanted and not checkpoints.exists(run, step):
-            metrics = evaluate(model, data, device)
+            metrics = evaluate(model, data, device, study.loss)
             _require_finite(model, metrics, run, step)
             checkpoints.save(run, step, model, optimizer, metrics)
             _forget(checkpoints, run, before=step + 1)
@@ -89,7 +91,7 @@ def train(
             _forget(checkpoints, run, before=step)
         if step >= wanted[-1]:
             return
-        loss = _take_step(model, optimizer, *batches(step), run=run, step=step)
+        loss = _take_step(model, optimizer, study.loss, *batches(step), run=run, step=step)
         step += 1
         if time.monotonic() - last_event > EVENT_SECONDS:
             last_event = time.monotonic()
@@ -97,22 +99,30 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: StudyData, device: str) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, data: StudyData, device: str, loss: str = "cross_entropy"
+) -> dict[str, float]:
     """Return mean loss and accuracy on both whole splits, in evaluation mode."""
-    was_training = model.training
+    was_training, own_loss = model.training, import_loss(loss)
     model.eval()
     metrics: dict[str, float] = {}
     for name, split in (
         ("train", data.labelled.train),
         ("validation", data.labelled.validation),
     ):
+        if split is None:
+            continue
         total, right = 0.0, 0
         for start in range(0, len(split.labels), EVALUATION_BATCH):
             chosen = np.arange(start, min(start + EVALUATION_BATCH, len(split.labels)))
             inputs, targets = _batch(split, data.preprocessing, chosen, device)
-            outputs = model(inputs).double()
-            total += float(cross_entropy(outputs, targets).sum())
-            right += int((outputs.argmax(1) == targets).sum())
+            outputs = call(model, inputs)
+            if isinstance(own_loss, str):
+                losses = cross_entropy(logits_of(outputs).double(), targets)
+            else:
+                losses = own_loss(outputs, targets)
+            total += float(losses.double().sum())
+            right += int((logits_of(outputs).argmax(1) == targets).sum())
         metrics[f"{name}_loss"] = total / len(split.labels)
         metrics[f"{name}_accuracy"] = right / len(split.labels)
     model.train(was_training)
@@ -123,12 +133,14 @@ class _Batches:
     """The batch of each step; each epoch has its own order, drawn from (seed, epoch)."""
 
     def __init__(self, data: StudyData, training: Training, seed: int, device: str) -> None:
+        if data.labelled.train is None:
+            raise TrainingError(f"{data.labelled.name} has no training split to train on")
         self._split, self._preprocessing = data.labelled.train, data.preprocessing
         self._size, self._seed, self._device = training.batch_size, seed, device
         self._per_epoch = training.steps_per_epoch(len(self._split.labels))
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
-    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, step: int) -> tuple[Nest, torch.Tensor]:
         epoch, batch = divmod(step, self._per_epoch)
         if epoch != self._epoch:
             random = np.random.default_rng((self._seed, epoch))
@@ -138,10 +150,12 @@ class _Batches:
 
 
 def _batch(
-    split: Split, preprocessing: Preprocessing, chosen: np.ndarray, device: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs = torch.from_numpy(preprocessing(split.inputs[chosen]))
-    return inputs.to(device), torch.from_numpy(split.labels[chosen]).to(device)
+    split: Split, preprocessing: Preprocessing | AsGiven, chosen: np.ndarray, device: str
+) -> tuple[Nest, torch.Tensor]:
+    inputs = from_numpy(preprocessing(split.inputs[chosen]))
+    return map_tensors(lambda t: t.to(device), inputs), torch.from_numpy(split.labels[chosen]).to(
+        device
+    )
 
 
 def _optimizer(training: Training, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
@@ -178,7 +192,8 @@ def _continue(
 def _take_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    inputs: torch.Tensor,
+    named_loss: str,
+    inputs: Nest,
     targets: torch.Tensor,
     *,
     run: TrainingRun,
@@ -186,7 +201,11 @@ def _take_step(
 ) -> float:
     model.train()
     optimizer.zero_grad(set_to_none=True)
-    loss = nn.functional.cross_entropy(model(inputs), targets)
+    own_loss, outputs = import_loss(named_loss), call(model, inputs)
+    if isinstance(own_loss, str):
+        loss = nn.functional.cross_entropy(logits_of(outputs), targets)
+    else:
+        loss = own_loss(outputs, targets).mean()
     value = float(loss.detach())
     if not math.isfinite(value):
         raise TrainingError(_diverged("the training loss", value, run, step))

@@ -11,7 +11,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import mine
 import pytest
+import torch
 import xarray as xr
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +30,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
     """A head node on loopback with its dashboard; yields the environment of its clients."""
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # whose `python` it is
         "RAY_AUTH_MODE": "disabled",
@@ -37,6 +39,7 @@ def cluster() -> Iterator[dict[str, str]]:
     }
     head = subprocess.Popen(
         [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}",
+         f"--dashboard-agent-listen-port={agent}",
          "--num-cpus=2", "--object-store-memory=200000000", "--disable-usage-stats"],
         env={k: v for k, v in environment.items() if k != "RAY_ADDRESS"},
         stdout=subprocess.DEVNULL,
@@ -82,3 +85,27 @@ def test_ray_job_submit(cluster: dict[str, str], tmp_path: Path) -> None:
     assert "joined" in ended.stdout
     assert xr.open_zarr(str(store)).attrs["finished"]
     assert (tmp_path / "x" / "report.html").exists()
+
+
+def test_checkpoints_of_ones_own(cluster: dict[str, str], tmp_path: Path) -> None:
+    """
+    `ray job submit --working-dir . -- stiffness gram …`: network, data and checkpoints are those of
+    the folder, on every node.
+    """
+    upload, store = tmp_path / "upload", tmp_path / "out.zarr"
+    shutil.copytree(ROOT / "distributed_stiffness", upload / "distributed_stiffness")
+    shutil.copy(ROOT / "tests/mine.py", upload / "own.py")
+    (upload / "runs").mkdir()
+    for step in (0, 5):
+        torch.save(mine.weights(step), upload / f"runs/step-{step}.pt")
+
+    ended = subprocess.run(
+        [RAY, "job", "submit", "--working-dir", str(upload), "--",
+         "python", "-m", "distributed_stiffness", "gram", "--model=own:build",
+         "--data=own:validation", "--checkpoints", "runs/step-*.pt", f"--store={store}"],
+        env=cluster, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert xr.open_zarr(str(store)).attrs["finished"]
+    assert xr.open_zarr(str(store)).iteration.values.tolist() == [0, 5]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distributed_stiffness.data import cifar, mnist
+from distributed_stiffness.data import cifar, foreign, mnist
 from distributed_stiffness.data.examples import LabelledData, Split
 from distributed_stiffness.data.labels import subset
 from distributed_stiffness.data.published import Published
@@ -36,6 +36,7 @@ def load(
     directory: str | Path | None = None,
     download: bool = True,
     accept_unverified: bool = False,
+    options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> LabelledData:
     """Load a data set.
@@ -43,9 +44,9 @@ def load(
     `digits` ships with scikit-learn and needs no files. The sets in `NAMES` that are published as
     files are looked for in `directory` (by default $STIFFNESS_DATA_DIR, else
     ~/.cache/distributed_stiffness/data), laid out as torchvision lays them out, and are fetched
-    when they are missing. `package.module:factory` calls a function of your own with no arguments:
-    it returns a LabelledData, or a mapping with "train" and "validation" as (inputs, labels),
-    "class_names", and maybe "superclass_of_class" and "superclass_names".
+    when they are missing. `package.module:factory` calls a function of your own with `options`;
+    what it may return is said at `foreign.labelled`, where `npz:FILE`, `images:FOLDER` and
+    `hf:FOLDER` are too.
 
     >>> load("digits").train.inputs.shape
     (1297, 1, 8, 8)
@@ -54,6 +55,12 @@ def load(
         DataError: there is no such data set, its files are missing and cannot be had, they are
             not the published ones and that was not accepted, or they hold something else.
     """
+    if ":" in name:
+        return _foreign(name, dict(options or {}))
+    if options:
+        raise DataError(
+            f"the data set {name!r} takes no options, got {', '.join(options)}: leave them out"
+        )
     if name == "digits":
         return _digits()
     if name in PUBLISHED:
@@ -64,11 +71,9 @@ def load(
             accept_unverified=accept_unverified,
             progress=progress or Progress(quiet=True),
         )
-    if ":" in name:
-        return _from_factory(name)
     raise DataError(
-        f"no data set is called {name!r}: expected {', '.join(NAMES)}, or package.module:factory"
-        " for your own"
+        f"no data set is called {name!r}: expected {', '.join(NAMES)}; for your own,"
+        " package.module:factory, npz:FILE, images:FOLDER or hf:FOLDER"
     )
 
 
@@ -98,42 +103,27 @@ def _digits() -> LabelledData:
     )
 
 
-def _from_factory(name: str) -> LabelledData:
-    factory = import_factory(name, "data set", DataError)
+def _foreign(name: str, options: dict[str, Any]) -> LabelledData:
+    """Load data of the user's, by a function or from files."""
+    kind, _, where = name.partition(":")
+    if kind in foreign.READERS:
+        read, what = foreign.READERS[kind], f"{kind}:"
+        arguments: tuple[Any, ...] = (Path(where).expanduser(),)
+    else:
+        read, what, arguments = import_factory(name, "data set", DataError), name, ()
     try:
-        made = factory()
+        inspect.signature(read).bind(*arguments, **options)
+    except TypeError as error:
+        known = list(inspect.signature(read).parameters)[len(arguments) :]
+        raise DataError(
+            f"data set {name!r} does not take these options: {error}; {what} takes"
+            f" {', '.join(known) or 'none'}"
+        ) from error
+    except ValueError:  # a function without a signature: it says itself what it does not take
+        pass
+    try:
+        return foreign.labelled(read(*arguments, **options), name)
+    except DataError:
+        raise
     except Exception as error:  # the user's own code: any type of error
         raise DataError(f"data set {name!r} failed: {type(error).__name__}: {error}") from error
-    if isinstance(made, LabelledData):
-        return replace(made, name=name, verified=False)
-    if not isinstance(made, Mapping):
-        raise DataError(
-            f"{name} returned a {type(made).__name__}: expected a LabelledData or a mapping"
-        )
-    above, names = made.get("superclass_of_class"), made.get("superclass_names")
-    return LabelledData(
-        name=name,
-        train=_split_of(made, "train", name),
-        validation=_split_of(made, "validation", name),
-        class_names=tuple(_value_of(made, "class_names", name)),
-        superclass_of_class=None if above is None else tuple(int(k) for k in above),
-        superclass_names=None if names is None else tuple(names),
-        verified=False,
-        source=f"Made by {name}.",
-    )
-
-
-def _split_of(made: Mapping[str, Any], key: str, name: str) -> Split:
-    pair = _value_of(made, key, name)
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise DataError(f"{name}: {key!r} is no pair: expected (inputs, labels)")
-    return Split(inputs=pair[0], labels=pair[1])
-
-
-def _value_of(made: Mapping[str, Any], key: str, name: str) -> Any:
-    if key not in made:
-        raise DataError(
-            f"{name} returned no {key!r}: expected 'train' and 'validation' as (inputs, labels),"
-            " and 'class_names'"
-        )
-    return made[key]

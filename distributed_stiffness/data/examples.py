@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,14 +18,16 @@ class Split:
     """Inputs and labels of one split, in one order.
 
     Inputs are raw, as stored: uint8 images with channels first, (n, 1, 28, 28) or (n, 3, 32, 32),
-    or arrays of floats with n first. Labels of any integer type are kept as int64.
+    or arrays of floats, or of tokens, with n first. A network with several inputs has a structured
+    array (n,) with a field for each, such as input_ids and attention_mask (`structured`). Labels of
+    any integer type are kept as int64.
 
     Raises:
         DataError: lengths differ, nothing is in it, labels are not integers, or an input is not a
             finite number.
     """
 
-    inputs: np.ndarray  # (n, ...)
+    inputs: np.ndarray  # (n, ...), or (n,) structured
     labels: np.ndarray  # (n,), int64
 
     def __post_init__(self) -> None:
@@ -52,13 +54,15 @@ class Split:
 class LabelledData:
     """A data set: training and validation split, and what its classes are called.
 
+    There may be no training split: the examples are then all that there is.
+
     Raises:
         DataError: a label is outside the classes, there are fewer than two classes, a name comes
             twice, the splits differ in shape or dtype, or the super-classes do not fit.
     """
 
     name: str
-    train: Split
+    train: Split | None = None
     validation: Split
     class_names: tuple[str, ...]
     superclass_of_class: tuple[int, ...] | None = None  # index into superclass_names
@@ -72,13 +76,17 @@ class LabelledData:
             raise DataError(f"{self.name} has {len(self.class_names)} class: expected at least 2")
         for where, split in self._splits():
             _check_label_range(split.labels, len(self.class_names), f"{self.name}, {where} split")
-        _check_same_kind(self.train.inputs, self.validation.inputs, self.name)
+        if self.train is not None:
+            _check_same_kind(self.train.inputs, self.validation.inputs, self.name)
         _check_superclasses(self)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input."""
-        return self.train.inputs.shape[1:]
+        """Shape of one input; of the first, where there are several."""
+        inputs = self.validation.inputs
+        if inputs.dtype.names:
+            return tuple(inputs.dtype[0].shape)
+        return inputs.shape[1:]
 
     @property
     def n_classes(self) -> int:
@@ -91,18 +99,41 @@ class LabelledData:
         for _, split in self._splits():
             for array in (split.inputs, split.labels):
                 # Shape and dtype first: the same bytes read in another way are other data.
-                digest.update(f"{array.dtype.str}{array.shape}".encode())
+                kind = array.dtype.descr if array.dtype.names else array.dtype.str
+                digest.update(f"{kind}{array.shape}".encode())
                 digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         names = [self.class_names, self.superclass_of_class, self.superclass_names]
         digest.update(json.dumps(names).encode())
         return digest.hexdigest()
 
     def _splits(self) -> Iterator[tuple[str, Split]]:
-        yield "train", self.train
+        if self.train is not None:
+            yield "train", self.train
         yield "validation", self.validation
 
 
+def structured(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return several inputs by name, each (n, ...), as one structured array (n,).
+
+    Raises:
+        DataError: they are not equally many.
+    """
+    arrays = {name: np.asarray(array) for name, array in inputs.items()}
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if not arrays or len(set(lengths.values())) > 1:
+        raise DataError(f"inputs by name have lengths {lengths}: expected one n for all")
+    fields = [(name, array.dtype, array.shape[1:]) for name, array in arrays.items()]
+    together = np.empty(next(iter(lengths.values())), dtype=fields)
+    for name, array in arrays.items():
+        together[name] = array
+    return together
+
+
 def _check_inputs(inputs: np.ndarray) -> None:
+    if inputs.dtype.names:
+        for name in inputs.dtype.names:
+            _check_inputs(inputs[name])
+        return
     if inputs.dtype.kind not in "buif":
         raise DataError(f"inputs have dtype {inputs.dtype}: expected numbers")
     if inputs.ndim < 2 or inputs.size == 0:

@@ -53,6 +53,7 @@ def subset(
     *,
     seed: int,
     n_classes: int,
+    every_class: bool = True,
     where: str = "split",
     option: str = "--examples",
 ) -> tuple[Split, np.ndarray]:
@@ -60,7 +61,8 @@ def subset(
 
     A class gets its share rounded up or down, but at least one example where the split has one.
     Returns the examples in the order of the split, and their int64 positions in it. With n None,
-    all. With equally large classes, the same seed and multiples of their number, a smaller draw
+    all. Without `every_class`, n may be less than the classes, and then not every class gets one.
+    With equally large classes, the same seed and multiples of their number, a smaller draw
     is part of a larger one.
 
     Raises:
@@ -73,7 +75,7 @@ def subset(
             f"asked for {n:,} examples, the {where} has {len(labels):,}; use {option}"
             f" {len(labels)} or less"
         )
-    if n < n_classes:
+    if n < n_classes and every_class:
         raise DataError(
             f"asked for {n:,} examples of {n_classes} classes: expected at least one of each; use"
             f" {option} {n_classes} or more"
@@ -82,6 +84,9 @@ def subset(
         return split, np.arange(n, dtype=np.int64)
     rng = np.random.default_rng(seed)
     counts = np.bincount(labels, minlength=n_classes)
+    if n < np.count_nonzero(counts):
+        index = np.sort(rng.permutation(len(labels))[:n]).astype(np.int64)
+        return Split(inputs=split.inputs[index], labels=labels[index]), index
     # Every class is shuffled whole, so that what is drawn from one does not depend on how many.
     drawn = [
         rng.permutation(np.flatnonzero(labels == k))[:wanted]

@@ -120,6 +120,22 @@ class Preprocessing:
         return x_NCD
 
 
+@dataclass(frozen=True)
+class AsGiven:
+    """Nothing is done: the network's owner knows what it takes.
+
+    Floating-point inputs become float32; whole numbers (tokens, masks, bytes) stay what they are.
+    """
+
+    def __call__(self, raw: np.ndarray) -> np.ndarray:
+        """Return a copy: a network may write into its inputs."""
+        return raw.astype(np.float32 if raw.dtype.kind == "f" else raw.dtype)
+
+    def describe(self) -> str:
+        """One sentence for the attributes of a store."""
+        return "none: as they were given"
+
+
 def _by_channel(inputs: np.ndarray) -> np.ndarray:
     """View images (n, C, H, W) as (n, C, H·W), anything else as one channel."""
     channels = inputs.shape[1] if inputs.ndim == 4 else 1

@@ -129,6 +129,8 @@ def check_unverified(data: LabelledData) -> None:
         DataError: a class has no example in a split, or images are blank or not from 0 to 255.
     """
     for where, split in (("training", data.train), ("validation", data.validation)):
+        if split is None:
+            continue
         require_every_class(split.labels, data.class_names, f"{where} split of {data.name}")
         low, high = int(np.min(split.inputs)), int(np.max(split.inputs))
         if low == high or high <= 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -18,6 +19,13 @@ from distributed_stiffness.errors import ModelError
 
 Nest = Any  # a tensor, or tuples, lists and dicts of tensors
 Examples = Any  # (inputs, targets), a Dataset of such pairs, or an iterable of batches of them
+
+
+def from_numpy(array: np.ndarray) -> Nest:
+    """Return an array as a tensor; a structured array as tensors by the names of its fields."""
+    if array.dtype.names:
+        return {n: torch.from_numpy(np.array(array[n], order="C")) for n in array.dtype.names}
+    return torch.from_numpy(array)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], nest: Nest) -> Nest:

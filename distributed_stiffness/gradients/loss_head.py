@@ -77,7 +77,7 @@ def loss_head(loss: Loss, outputs: Nest, targets: Nest) -> LossHead:
         GradientError: an output or a loss is not finite.
     """
     if loss == "cross_entropy":
-        logits = _logits(outputs)
+        logits = logits_of(outputs)
         leaves = [i for i, leaf in enumerate(pytree.tree_leaves(outputs)) if leaf is logits]
         head = _cross_entropy(_finite(logits), targets, leaves[0])
         given = [logits]
@@ -113,7 +113,12 @@ def whole_loss_head(losses: Tensor, n: int) -> LossHead:
     )
 
 
-def _logits(outputs: Nest) -> Tensor:
+def logits_of(outputs: Nest) -> Tensor:
+    """Return the outputs, or their part named logits, where a network returns several.
+
+    Raises:
+        ModelError: there is neither.
+    """
     if isinstance(outputs, Tensor):
         return outputs
     if isinstance(outputs, Mapping) and isinstance(outputs.get("logits"), Tensor):

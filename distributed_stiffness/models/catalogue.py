@@ -1,4 +1,4 @@
-"""Networks by name: the paper's, and anyone's `package.module:factory`."""
+"""Networks by name: the paper's, torchvision's, timm's, Hugging Face folders, and anyone's."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import nn
 
 from distributed_stiffness.errors import ModelError
 from distributed_stiffness.factories import import_factory
+from distributed_stiffness.gradients.batches import Nest, call, count_examples
+from distributed_stiffness.models import foreign
 from distributed_stiffness.models.cnn import cnn
 from distributed_stiffness.models.fully_connected import fully_connected
 from distributed_stiffness.models.resnet import resnet18, resnet20
@@ -22,6 +24,7 @@ _BUILDERS: Mapping[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
 }
 MODELS = tuple(_BUILDERS)
+KINDS = "torchvision:NAME, timm:NAME, hf:FOLDER or package.module:factory"
 
 
 def build(
@@ -35,8 +38,9 @@ def build(
     """Build a network with weights drawn from `seed`; the caller's random state stays as it is.
 
     Args:
-        name: one of `MODELS`, or `package.module:factory`. A factory gets `options`, and
-            `input_shape` and `n_classes` where it has parameters of these names.
+        name: one of `MODELS`; `torchvision:NAME` or `timm:NAME` of these packages; `hf:FOLDER`
+            with a config.json of Hugging Face; or `package.module:factory`. A factory gets
+            `options`, and `input_shape` and `n_classes` where it has parameters of these names.
         input_shape: shape of one example.
         n_classes: outputs wanted.
         options: keyword arguments of the builder.
@@ -47,11 +51,8 @@ def build(
     """
     builder = _BUILDERS.get(name)
     if builder is None and ":" not in name:
-        raise ModelError(
-            f"unknown model {name!r}: expected one of {', '.join(MODELS)}, or"
-            " package.module:factory"
-        )
-    builder = builder or import_factory(name, "model", ModelError)
+        raise ModelError(f"unknown model {name!r}: expected one of {', '.join(MODELS)}, or {KINDS}")
+    builder = builder or foreign.builder(name) or import_factory(name, "model", ModelError)
     offered = {"input_shape": tuple(input_shape), "n_classes": n_classes}
     accepted = inspect.signature(builder).parameters
     arguments = {k: v for k, v in offered.items() if k in accepted} | dict(options or {})
@@ -77,27 +78,57 @@ def build(
     return model
 
 
-def check_outputs(model: nn.Module, inputs: torch.Tensor, n_classes: int, name: str) -> None:
+def check_outputs(
+    model: nn.Module,
+    inputs: Nest,
+    n_classes: int,
+    name: str,
+    *,
+    loss: str | Callable[..., Any] = "cross_entropy",
+    exactly: bool = True,
+) -> None:
     """Run a few examples through the network.
+
+    Args:
+        model: to be tried.
+        inputs: N first.
+        n_classes: outputs wanted.
+        name: of the model, for messages.
+        loss: what looks at the outputs; any but cross-entropy knows by itself what it needs.
+        exactly: not more outputs than classes.
 
     Raises:
         ModelError: it does not take the inputs, or has the wrong number of outputs.
     """
     was_training = model.training
     model.eval()
+    n = count_examples(inputs)
     try:
         with torch.no_grad():
-            outputs = model(inputs)
+            outputs = call(model, inputs)
     except Exception as error:  # the user's own code: any type of error
         raise ModelError(
-            f"model {name!r} does not take inputs of shape {tuple(inputs.shape)}:"
-            f" {type(error).__name__}: {error}"
+            f"model {name!r} does not take inputs of {_shapes(inputs)}: {type(error).__name__}:"
+            f" {error}"
         ) from error
     finally:
         model.train(was_training)
-    if not isinstance(outputs, torch.Tensor) or outputs.shape != (len(inputs), n_classes):
-        got = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-        raise ModelError(
-            f"model {name!r} gives outputs of shape {got} for {len(inputs)} examples; the data"
-            f" have {n_classes} classes, so {(len(inputs), n_classes)} is expected"
-        )
+    if loss != "cross_entropy":
+        return
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
+    got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(outputs).__name__
+    if got == (n, n_classes) or (
+        not exactly and isinstance(got, tuple) and len(got) == 2 and got[1] > n_classes
+    ):
+        return
+    raise ModelError(
+        f"model {name!r} gives outputs of shape {got} for {n} examples; the data"
+        f" have {n_classes} classes, so {(n, n_classes)}{'' if exactly else ' or more'} is expected"
+    )
+
+
+def _shapes(inputs: Nest) -> str:
+    if isinstance(inputs, Mapping):
+        return ", ".join(f"{name}: {_shapes(part)}" for name, part in inputs.items())
+    kind = str(inputs.dtype).removeprefix("torch.")
+    return f"shape {tuple(inputs.shape)}" + ("" if kind == "float32" else f" and type {kind}")

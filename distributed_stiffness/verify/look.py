@@ -23,6 +23,8 @@ from distributed_stiffness.tiling import Checkpoint, Tile, all_checkpoints
 from distributed_stiffness.verify.faults import Fault, Kind
 from distributed_stiffness.verify.numbers import (
     DIAGONAL,
+    LIMITS,
+    LIMITS_OF_ANY_LOSS,
     Wrong,
     asymmetry,
     impossible_correct,
@@ -105,6 +107,11 @@ class Look:
         self.plan = Plan.from_json(attrs["plan"])
         self.tiling = self.plan.tiling
         self.is_finished = "finished" in attrs
+        # A study of others' checkpoints has the curves of the splits that its examples are of.
+        self._is_imported = study.training.imported
+        split = "train_" if study.data.train_examples == 0 else "no split"
+        self._curves = [n for n in METRICS if not (self._is_imported and n.startswith(split))]
+        self._limits = LIMITS if study.loss == "cross_entropy" else LIMITS_OF_ANY_LOSS
         self._hashes: dict[str, str] = attrs["weights"]
         self._n_classes = len(json.loads(attrs["class_names"]))
         self._there = {name: store.listing(name) for name in VARIABLES}
@@ -181,11 +188,13 @@ class Look:
                 values = self._chunk(name, checkpoint, (chunk,))
                 if values is None:
                     continue
-                wrong = (
-                    impossible_correct(columns["loss"][examples], values, self._n_classes)
-                    if name == "correct"
-                    else wrong_numbers(name, values, (examples.start,))
-                )
+                if name == "correct":
+                    # Only cross-entropy, with this number of outputs, says what is possible.
+                    known = self.study.loss == "cross_entropy" and not self._is_imported
+                    loss = columns["loss"][examples] if known else np.full(len(values), np.nan)
+                    wrong = impossible_correct(loss, values, self._n_classes)
+                else:
+                    wrong = wrong_numbers(name, values, (examples.start,), limits=self._limits)
                 if self._is_right(wrong, name, checkpoint, (chunk,)):
                     column[examples] = values
         return columns
@@ -195,7 +204,7 @@ class Look:
         values = self._chunk(name, checkpoint, ())
         if values is None:
             return np.nan
-        wrong = wrong_numbers(name, values, ())
+        wrong = wrong_numbers(name, values, (), limits=self._limits)
         return float(values) if self._is_right(wrong, name, checkpoint, ()) else np.nan
 
     def _undecided(self, checkpoint: Checkpoint, matrix: _Matrix, bound: float) -> None:
@@ -209,7 +218,7 @@ class Look:
             self._fault("inconsistent", sentence, "undecided", checkpoint)
 
     def _metrics(self, checkpoint: Checkpoint, weights: Weights | None) -> None:
-        for name in METRICS:
+        for name in self._curves:
             value = self._value(name, checkpoint)
             said = weights.metrics.get(name) if weights else None
             if said is not None and not np.isnan(value) and said != value:

@@ -24,6 +24,11 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "error_bound": (0.0, math.inf),
     "undecided": (0.0, math.inf),
 }
+# A loss of the user's own may be below 0.
+LIMITS_OF_ANY_LOSS = {
+    name: (-math.inf, high) if "loss" in name else (low, high)
+    for name, (low, high) in LIMITS.items()
+}
 # A unit row times itself, in float32 or coarser: 2e-7 was seen, and the error bound is added.
 DIAGONAL = 1e-5
 # Of an error bound: a count of pairs below it is taken for right if it is so within this.
@@ -32,7 +37,13 @@ _ROUNDING = 1e-6
 Wrong = tuple[Kind, str]
 
 
-def wrong_numbers(name: str, values: np.ndarray, first: tuple[int, ...]) -> Wrong | None:
+def wrong_numbers(
+    name: str,
+    values: np.ndarray,
+    first: tuple[int, ...],
+    *,
+    limits: Mapping[str, tuple[float, float]] = LIMITS,
+) -> Wrong | None:
     """Look for numbers that are not finite or out of the array's range.
 
     Args:
@@ -40,11 +51,12 @@ def wrong_numbers(name: str, values: np.ndarray, first: tuple[int, ...]) -> Wron
         values: of one chunk.
         first: place in the matrix, or among the examples, of the first of them; () for a number
             that a checkpoint has one of.
+        limits: of every array.
     """
     bad = ~np.isfinite(values)
     if bad.any():
         return "not finite", f"{_how_many(bad)} not finite, the first {_where(bad, first)}"
-    low, high = LIMITS[name]
+    low, high = limits[name]
     bad = (values < low) | (values > high)
     if bad.any():
         value = values[bad][0]

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from distributed_stiffness.checkpoints import Weights
 from distributed_stiffness.data.selection import StudyData
+from distributed_stiffness.factories import import_loss
+from distributed_stiffness.gradients.batches import Nest, call, from_numpy, prepare, take
+from distributed_stiffness.gradients.loss_head import logits_of
 from distributed_stiffness.gradients.per_example import parameters_in_play
 from distributed_stiffness.gradients.reference import Reference
 from distributed_stiffness.study import Study
@@ -83,7 +86,7 @@ class Source:
         model = build_model(self.study, self.data, seed)
         model.load_state_dict(dict(weights.tensors))
         names = list(parameters_in_play(model, self.study.gradients.parameters))
-        reference = Reference(model.eval(), self.study.loss, names)
+        reference = Reference(model.eval(), import_loss(self.study.loss), names)
         inputs, targets = self._examples(examples)
         numbers = []
         for i in range(len(examples)):
@@ -95,26 +98,28 @@ class Source:
 
     def distances(self, examples: np.ndarray) -> np.ndarray:
         """Cosine distances of the inputs, (n, n) float64; 1 from an input that is 0."""
-        X = self.data.inputs(examples).reshape(len(examples), -1).astype(np.float64)
+        X = self.data.features(examples).astype(np.float64)
         length = np.linalg.norm(X, axis=1, keepdims=True)
         X /= np.where(length > 0, length, 1.0)
         return 1 - np.asarray(X @ X.T)
 
-    def _examples(self, examples: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _examples(self, examples: np.ndarray) -> tuple[Nest, Tensor]:
         labels = np.array(self.data.examples.labels[examples])
-        return torch.from_numpy(self.data.inputs(examples)), torch.from_numpy(labels)
+        return from_numpy(self.data.inputs(examples)), torch.from_numpy(labels)
 
 
 def _one(
-    reference: Reference, inputs: Tensor, targets: Tensor, i: int
+    reference: Reference, inputs: Nest, targets: Tensor, i: int
 ) -> tuple[float, float, float, float]:
     """Gradient norm, loss, largest |output| and lead of the label's output, of example i."""
     row = torch.cat([g.flatten() for g in reference.gradient(inputs, targets, i).values()])
     largest = float(row.abs().max())
     norm = largest * float((row / largest).norm()) if largest > 0 else 0.0
     with torch.no_grad():
-        outputs = reference.model(inputs[i : i + 1].double())
+        one = prepare(take(inputs, slice(i, i + 1)), torch.float64, torch.device("cpu"))
+        outputs = call(reference.model, one)
         loss = reference.loss(outputs, targets[i : i + 1])  # type: ignore[operator]
+        outputs = logits_of(outputs)
     label = torch.arange(outputs.shape[1]) == targets[i]
     lead = outputs[0, label].max() - outputs[0, ~label].max() if len(label) > 1 else 1.0
     return norm, float(loss), float(outputs.abs().max()), float(lead)

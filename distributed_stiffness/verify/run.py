@@ -143,6 +143,7 @@ class _Opened:
                 self.study.data,
                 directory=self.run.data_directory,
                 download=self.run.download,
+                every_class=not self.study.training.imported,
                 progress=self.progress,
             )
             build_model(self.study, data, self.study.training.seeds[0])

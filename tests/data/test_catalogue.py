@@ -687,12 +687,12 @@ def test_a_factory_may_return_labelled_data(own_module):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (7, "returned a int"),
-        ({}, "returned no 'train'"),
+        (7, "validation split is a int"),
+        ({}, "returned no 'validation'"),
         ({"train": (np.zeros((2, 3)), [0, 1])}, "returned no 'validation'"),
-        ({"train": 3}, "'train' is no pair"),
-        ({"train": (1, 2, 3)}, "'train' is no pair"),
-        ({"train": (np.zeros((2, 3)), [0])}, "2 inputs and 1 labels"),
+        ({"validation": 3}, "validation split is a int"),
+        ({"validation": (1, 2, 3)}, "validation split: the items are no pairs"),
+        ({"validation": (np.zeros((2, 3)), [0])}, "2 inputs and 1 labels"),
     ],
 )
 def test_a_factory_that_returns_something_else_is_told(own_module, made, message):

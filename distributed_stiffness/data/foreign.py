@@ -1,0 +1,287 @@
+"""Data of the user's own: what a function of theirs returns, npz files, folders of images, and
+Hugging Face data sets on disk. They are taken as they are, and need no training split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distributed_stiffness.data.examples import LabelledData, Split, structured
+from distributed_stiffness.errors import DataError
+
+_EXPECTED = (
+    "expected (inputs, labels), a data set of such pairs with a length, or a mapping with"
+    " 'validation' (and maybe 'train') as either, and maybe 'class_names', 'superclass_of_class'"
+    " and 'superclass_names'"
+)
+_INPUTS, _LABELS = ("x", "inputs"), ("y", "labels", "targets")
+_TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def labelled(made: Any, name: str) -> LabelledData:
+    """Return what a user's function returned as a data set.
+
+    Args:
+        made: a LabelledData; a pair (inputs, labels), N first, of arrays or torch tensors, where
+            the inputs may be a mapping of several by name; a data set of pairs with a length, such
+            as a map-style torch Dataset; or a mapping with "validation" and maybe "train" as
+            either of these, and maybe "class_names", "superclass_of_class", "superclass_names".
+        name: for messages and the store.
+
+    Raises:
+        DataError: it is anything else, or the parts do not fit together.
+    """
+    if isinstance(made, LabelledData):
+        return replace(made, name=name, verified=False)
+    parts = made if isinstance(made, Mapping) else {"validation": made}
+    if "validation" not in parts:
+        raise DataError(
+            f"{name} returned no 'validation' but {sorted(map(str, parts))}: {_EXPECTED}"
+        )
+    validation = _split(parts["validation"], f"{name}, validation split")
+    train = None if parts.get("train") is None else _split(parts["train"], f"{name}, train split")
+    names = parts.get("class_names")
+    if names is None:
+        names = getattr(parts["validation"], "classes", None) or _numbered(validation, train)
+    above, above_names = parts.get("superclass_of_class"), parts.get("superclass_names")
+    return LabelledData(
+        name=name,
+        train=train,
+        validation=validation,
+        class_names=tuple(map(str, names)),
+        superclass_of_class=None if above is None else tuple(int(k) for k in above),
+        superclass_names=None if above_names is None else tuple(above_names),
+        verified=False,
+        source=parts.get("source", f"Made by {name}."),
+    )
+
+
+def _numbered(*splits: Split | None) -> list[str]:
+    most = max(int(split.labels.max()) for split in splits if split is not None)
+    return [str(k) for k in range(max(most + 1, 2))]
+
+
+def _split(made: Any, where: str) -> Split:
+    is_pair = isinstance(made, tuple | list) and len(made) == 2
+    if not is_pair and hasattr(made, "__getitem__") and hasattr(made, "__len__"):
+        made = _stacked(made, where)
+    elif not is_pair:
+        raise DataError(f"{where} is a {type(made).__name__}: {_EXPECTED}")
+    inputs, labels = made
+    if isinstance(inputs, Mapping):
+        inputs = structured({str(k): np.asarray(v) for k, v in inputs.items()})
+    try:
+        return Split(inputs=np.asarray(inputs), labels=np.asarray(labels))
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _stacked(items: Any, where: str) -> tuple[Any, np.ndarray]:
+    """Return the pairs of a data set as arrays."""
+    pairs = [items[i] for i in range(len(items))]
+    if not pairs or not all(isinstance(p, tuple | list) and len(p) == 2 for p in pairs):
+        raise DataError(f"{where}: the items are no pairs (input, label): {_EXPECTED}")
+    inputs, labels = zip(*pairs, strict=True)
+    first = inputs[0]
+    try:
+        if isinstance(first, Mapping):
+            together: Any = {k: np.stack([np.asarray(x[k]) for x in inputs]) for k in first}
+        else:
+            together = np.stack([np.asarray(x) for x in inputs])
+    except (ValueError, KeyError) as error:
+        raise DataError(
+            f"{where}: the inputs cannot be stacked ({error}): expected one shape for all"
+        ) from error
+    return together, np.asarray([int(label) for label in labels])
+
+
+# Readers of files: each takes a path, and options by name
+
+
+def read_npz(path: Path, inputs: str = "", labels: str = "") -> Mapping[str, Any]:
+    """Read arrays `x` (or `inputs`) and `y` (or `labels`), and `class_names` if it is there.
+
+    Raises:
+        DataError: there is no such file, or it lacks them.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            x = _named(arrays, (inputs,) if inputs else _INPUTS, path)
+            y = _named(arrays, (labels,) if labels else _LABELS, path)
+            names = arrays["class_names"].tolist() if "class_names" in arrays else None
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"cannot read {path}: {error}; expected an .npz of numbers") from error
+    return {"validation": (x, y), "class_names": names, "source": f"Read from {path}."}
+
+
+def _named(arrays: Mapping[str, np.ndarray], names: Sequence[str], path: Path) -> np.ndarray:
+    for name in names:
+        if name in arrays:
+            return arrays[name]
+    raise DataError(
+        f"{path} has no array {' or '.join(map(repr, names))}, only {', '.join(arrays)}: name it"
+        " so, or give --data-option inputs=NAME and labels=NAME"
+    )
+
+
+def read_images(
+    path: Path,
+    resize: int | None = None,
+    crop: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    grey: bool = False,
+    per_class: int | None = None,
+) -> Mapping[str, Any]:
+    """Read a folder with a folder of images for each class, as torchvision's ImageFolder does.
+
+    Images are (3, H, W), or (1, H, W) with `grey`, of float32 in [0, 1].
+
+    Args:
+        path: of the folder.
+        resize: length of the shorter side.
+        crop: side of the square cut out of the middle, after that.
+        mean: subtracted, one for each channel.
+        std: divided by, one for each channel.
+        grey: one channel.
+        per_class: images of each class, the first by name; None: all.
+
+    Raises:
+        DataError: there is no such folder, or the images are not of one size.
+    """
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import functional as T
+
+    if not path.is_dir():
+        raise DataError(f"there is no folder {path}: expected one with a folder for each class")
+    try:
+        folder = ImageFolder(str(path))
+    except FileNotFoundError as error:
+        raise DataError(f"{path} holds no images by class: {error}") from error
+    chosen = [
+        sample
+        for k in range(len(folder.classes))
+        for sample in islice((s for s in folder.samples if s[1] == k), per_class)
+    ]
+    images = []
+    for file, _ in chosen:
+        image = folder.loader(file)
+        if resize is not None:
+            image = T.resize(image, resize)
+        if crop is not None:
+            image = T.center_crop(image, [crop, crop])
+        if grey:
+            image = T.rgb_to_grayscale(image)
+        images.append(T.to_tensor(image).numpy())
+        if images[-1].shape != images[0].shape:
+            raise DataError(
+                f"{file} is {images[-1].shape[1:]} pixels, {chosen[0][0]} is {images[0].shape[1:]}:"
+                " expected one size for all; give --data-option resize=256 and crop=224, or others"
+            )
+    x = np.stack(images)
+    if mean is not None or std is not None:
+        x = _normalised(x, mean or [0.0], std or [1.0])
+    labels = np.array([label for _, label in chosen])
+    source = f"Images of {path}."
+    return {"validation": (x, labels), "class_names": folder.classes, "source": source}
+
+
+def _normalised(x: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, x.shape[1]):
+            raise DataError(
+                f"{name} is {list(values)}: expected {x.shape[1]} numbers, one a channel, or one"
+            )
+    if min(std) <= 0:
+        raise DataError(f"std is {list(std)}: expected numbers above 0")
+    centred = x - np.asarray(mean, dtype=np.float32)[:, None, None]
+    return centred / np.asarray(std, dtype=np.float32)[:, None, None]
+
+
+def read_hugging_face(
+    path: Path, split: str = "validation", inputs: str = "", labels: str = "", limit: int = 0
+) -> Mapping[str, Any]:
+    """Read a data set that `datasets` has saved with save_to_disk.
+
+    Args:
+        path: of its folder.
+        split: of a folder with several.
+        inputs: column of the inputs; "": input_ids (with attention_mask and token_type_ids where
+            there are such columns, all padded to one length), or pixel_values, x, inputs.
+        labels: column of the labels; "": label, labels or y.
+        limit: examples, the first; 0: all.
+
+    Raises:
+        DataError: `datasets` is not installed, or there are no such columns.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"hf:{path} needs the package datasets: pip install 'distributed_stiffness[hf]'"
+        ) from error
+    if not path.is_dir():
+        raise DataError(f"there is no folder {path}: expected one that save_to_disk wrote")
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path} as a data set: {error}") from error
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise DataError(
+                f"{path} has the splits {', '.join(found)}, no {split!r}: give --data-option"
+                " split=NAME"
+            )
+        found = found[split]
+    columns, label = found.column_names, labels or _first(found, ("label", "labels", "y"), path)
+    column = inputs or _first(found, ("input_ids", "pixel_values", "x", "inputs"), path)
+    chosen = [c for c in _TOKENS if c in columns] if column == "input_ids" else [column]
+    for name in (*chosen, label):
+        if name not in columns:
+            raise DataError(f"{path} has no column {name!r}, only {', '.join(columns)}")
+    rows = found.select(range(min(limit or len(found), len(found)))).with_format("numpy")
+    arrays = {name: _even(rows[name][:], name, path) for name in chosen}
+    classes = getattr(found.features[label], "names", None)
+    return {
+        "validation": (arrays if len(arrays) > 1 else arrays[column], rows[label][:]),
+        "class_names": classes,
+        "source": f"Hugging Face data set {path}.",
+    }
+
+
+def _first(found: Any, names: Sequence[str], path: Path) -> str:
+    for name in names:
+        if name in found.column_names:
+            return name
+    raise DataError(
+        f"{path} has the columns {', '.join(found.column_names)}, none of {', '.join(names)}: give"
+        " --data-option inputs=NAME and labels=NAME"
+    )
+
+
+def _even(column: Any, name: str, path: Path) -> np.ndarray:
+    array = np.asarray(column)
+    if array.dtype == object:
+        lengths = sorted({len(row) for row in array})
+        if not lengths or lengths[0] != lengths[-1]:
+            raise DataError(
+                f"the rows of column {name!r} in {path} have lengths from {lengths[0]} to"
+                f" {lengths[-1]}: expected one; tokenise with padding='max_length'"
+            )
+        array = np.stack(list(array))
+    return array
+
+
+READERS: Mapping[str, Callable[..., Mapping[str, Any]]] = {
+    "npz": read_npz,
+    "images": read_images,
+    "hf": read_hugging_face,
+}
