@@ -13,4 +13,5 @@ bench:  ## the numbers of docs/BENCHMARKS.md, on this machine
 	pip install -q -e ".[bench]"
 	python benchmarks/gradients.py
 	python benchmarks/main_job.py
+	python benchmarks/engine.py
 	python benchmarks/analysis.py
