@@ -36,7 +36,10 @@ WORK = {
     "within_between": lambda ds: analysis.compute(analysis.within_between(ds)),
     "row_sums": lambda ds: analysis.compute(analysis.row_sums(ds)),
     "distance_profile": lambda ds: analysis.compute(analysis.distance_profile(ds)),
-    "summary (all of them)": lambda ds: analysis.summary(ds),
+    "super-class matrix, contrast": lambda ds: analysis.compute_together(
+        [analysis.superclass_matrix(ds), analysis.superclass_contrast(ds)]
+    ),
+    "summary, 50 bins (all of them)": lambda ds: analysis.summary(ds, bins=50),
 }
 
 
@@ -120,6 +123,8 @@ def _write_labels(group: zarr.Group, labels: np.ndarray, checkpoints: int) -> No
         coordinates[dim] = ((dim,), np.arange(len(labels)))
         names = np.array([f"class {k}" for k in labels], dtype=object)
         coordinates[f"{prefix}class_name"] = ((dim,), names)
+        above = np.array([f"group {k // 5}" for k in labels], dtype=object)
+        coordinates[f"{prefix}superclass_name"] = ((dim,), above)
     for name, (dims, values) in coordinates.items():
         array = group.create_array(
             name,
@@ -128,7 +133,7 @@ def _write_labels(group: zarr.Group, labels: np.ndarray, checkpoints: int) -> No
             dimension_names=dims,
         )
         array[...] = values
-    group.attrs["coordinates"] = "class_name other_class_name"
+    group.attrs["coordinates"] = "class_name other_class_name superclass_name other_superclass_name"
 
 
 def _open(path: str) -> xr.Dataset:

@@ -7,17 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
-from distributed_stiffness.analysis.classes import (
-    class_matrix,
-    row_sums,
-    superclass_matrix,
-    within_between,
-)
+from distributed_stiffness.analysis.classes import class_matrix, within_between
 from distributed_stiffness.analysis.critical_length import critical_length
 from distributed_stiffness.analysis.curves import checkpoint_curves
 from distributed_stiffness.analysis.distance import distance_profile
 from distributed_stiffness.analysis.pairs import Splits
 from distributed_stiffness.analysis.summary import Summary, summary
+from distributed_stiffness.analysis.sums import row_sums
+from distributed_stiffness.analysis.superclasses import superclass_contrast, superclass_matrix
 from distributed_stiffness.progress import Progress
 
 
@@ -78,11 +75,15 @@ class StiffnessAccessor:
         bins: int = 20,
         edges: Sequence[float] | np.ndarray | None = None,
         *,
+        relation: str = "within",
         splits: Splits | None = None,
     ) -> xr.Dataset:
-        """Critical length of the distance profile with these bins."""
-        profile = distance_profile(self._ds, bins, edges, splits=splits)
-        return critical_length(profile)
+        """See `distributed_stiffness.analysis.critical_length`."""
+        return critical_length(self._ds, bins, edges, relation=relation, splits=splits)
+
+    def superclass_contrast(self, *, splits: Splits | None = None) -> xr.Dataset:
+        """See `distributed_stiffness.analysis.superclass_contrast`."""
+        return superclass_contrast(self._ds, splits=splits)
 
     def curves(self) -> xr.Dataset:
         """See `distributed_stiffness.analysis.checkpoint_curves`."""

@@ -1,96 +1,65 @@
-"""Stiffness between classes: the class matrix and its summaries.
+"""Stiffness between classes: the class matrix and its means, each with its standard error.
 
-Legend of the arrays: i examples in rows, j examples in columns, a and b classes of rows and
-columns, S what is kept of each (cosine sum, sign sum, pairs in them). Sums and counts are float64:
-counts are whole numbers below 2**53.
-
-Every pair is read once, in one pass over the chunks, and ends in the row sums R[i, b]: enough for
-the class matrix, all that follows from it, and its error bars.
+Everything here follows from the row sums R[i, b] of one pass over the pairs (`sums`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-import dask.array as da
 import numpy as np
 import xarray as xr
 
+from distributed_stiffness.analysis.cells import (
+    cell_errors,
+    group_totals,
+    mean_errors,
+    pooled_errors,
+)
+from distributed_stiffness.analysis.jackknife import MEASURES, error_attrs
 from distributed_stiffness.analysis.pairs import (
     Grouping,
-    Labels,
     Splits,
     checkpoint_coordinates,
     grouping,
-    labels,
-    leading_dims,
     origin,
     select,
 )
+from distributed_stiffness.analysis.sums import (
+    COSINE,
+    COSINE_PAIRS,
+    PAIRS,
+    SIGN,
+    SUMS,
+    GroupedSums,
+    grouped_sums,
+)
 from distributed_stiffness.errors import DataError
 
-SUMS = ("cosine_sum", "sign_sum", "cosine_pairs", "pairs")
-
-COSINE = {
-    "long_name": "cosine stiffness",
-    "units": "1",
-    "description": "Mean of cos(g_i, g_j) over pairs, in [-1, 1]: above 0 where a small gradient"
-    " step on one example lowers the loss of the other, on average. Pairs with a zero gradient are"
-    " left out.",
-}
-SIGN = {
-    "long_name": "sign stiffness",
-    "units": "1",
-    "description": "Mean of sign(g_i.g_j) over pairs, in [-1, 1]: the share of pairs that help each"
-    " other minus the share that harm each other.",
-}
-PAIRS = {
-    "long_name": "ordered pairs counted",
-    "units": "1",
-    "description": "Ordered pairs (i, j) in the sign means; 0 or more. Self-pairs and pairs that"
-    " are not computed yet are left out.",
-}
-COSINE_PAIRS = {
-    "long_name": "ordered pairs in the cosine means",
-    "units": "1",
-    "description": "As pairs, without those where a gradient is zero; 0 or more.",
-}
 MISSING = {
     "long_name": "ordered pairs not computed yet",
     "units": "1",
     "description": "Ordered pairs that the store has no number for; 0 where it is complete.",
 }
-
-
-def row_sums(ds: xr.Dataset, by: str = "class_name", *, splits: Splits | None = None) -> xr.Dataset:
-    """Sum cosine and sign of each row's pairs, by the class of the other example.
-
-    Self-pairs and missing pairs (NaN) are in no sum and no count. A pair with a zero gradient has
-    sign 0 and is left out of the cosines. The chunks are read once.
-
-    Args:
-        ds: a store.
-        by: coordinate of examples to group columns by; its twin `other_<by>` must be there.
-        splits: of rows and columns, as in `class_matrix`.
-
-    Returns:
-        Lazy Dataset with cosine_sum, sign_sum, cosine_pairs and pairs, float64, over the store's
-        leading dimensions + (example, other_<by>).
-
-    Raises:
-        DataError: the store lacks what is asked for.
-    """
-    chosen = select(ds, splits)
-    return _row_sums(chosen, grouping(chosen, by))
+_COUNTS = ("pairs", "cosine_pairs", "missing")
+_ATTRS = {
+    "cosine": COSINE,
+    "sign": SIGN,
+    "pairs": PAIRS,
+    "cosine_pairs": COSINE_PAIRS,
+    "missing": MISSING,
+}
+HANGS_ON = "there is no pair without one of the examples"
 
 
 def class_matrix(
     ds: xr.Dataset, by: str = "class_name", *, splits: Splits | None = None
 ) -> xr.Dataset:
-    """Return the class matrix C(a, b) of sign and cosine stiffness.
+    """Return the class matrix C(a, b) of sign and cosine stiffness, with standard errors.
 
     C(a, b) is the mean over ordered pairs of an example of class a and another of class b,
     self-pairs left out (Fort et al., arXiv 1901.09491 v3; equation 6 of v1 for the sign form).
+    Errors are by jackknife over examples, each class a sample of its own.
 
     Args:
         ds: a store.
@@ -100,193 +69,126 @@ def class_matrix(
 
     Returns:
         Lazy Dataset over leading dimensions + (<by>, other_<by>), in class order: sign and cosine
-        (float64, NaN where there is no pair), pairs, cosine_pairs and missing (int64).
+        (float64, NaN where there is no pair), sign_error and cosine_error (float64, NaN where one
+        example's absence leaves no pair: fewer than three examples within a class, or one example
+        of a class between two), pairs, cosine_pairs and missing (int64).
 
     Raises:
         DataError: the store lacks what is asked for.
     """
-    chosen = select(ds, splits)
-    return _means(_totals(chosen, by), ds)
-
-
-def superclass_matrix(ds: xr.Dataset, *, splits: Splits | None = None) -> xr.Dataset:
-    """Return the matrix of stiffness between super-classes; every pair of examples weighs the same.
-
-    It is added up from the sums by class, so that both matrices cost one pass.
-
-    Returns:
-        As `class_matrix`, over (superclass_name, other_superclass_name).
-
-    Raises:
-        DataError: the store has no super-classes.
-    """
-    chosen = select(ds, splits)
-    above = _superclasses(chosen)
-    totals = _totals(chosen, "class_name")
-    inside = _membership(above.rows, above.names, "class_name", above.by)
-    merged = totals.map(lambda sums: xr.dot(inside, sums, dim="class_name"))
-    inside = inside.rename(class_name="other_class_name", superclass_name="other_superclass_name")
-    merged = merged.map(lambda sums: xr.dot(sums, inside, dim="other_class_name"))
-    merged = merged.transpose(..., "superclass_name", "other_superclass_name")
-    return _means(merged.assign_attrs(totals.attrs), ds)
+    sums = grouped_sums(select(ds, splits), by)
+    size = len(sums.groups)
+    errors = sums.leave_one_out(
+        partial(cell_errors, sums.examples), {by: size, f"other_{by}": size, "measure": 2}
+    )
+    return cell_means(cell_totals(sums), errors, ds)
 
 
 def within_between(ds: xr.Dataset, *, splits: Splits | None = None) -> xr.Dataset:
-    """Return mean stiffness within a class and between classes.
+    """Return mean stiffness within a class and between classes, and the gap, with standard errors.
 
     within is the mean over classes of C(a, a); between is the mean over ordered pairs of different
     classes of C(a, b) (S_between of Fort et al., v3): every class weighs the same, whatever its
     number of examples. The variables that end in `_over_pairs` are means over all pairs of
-    examples instead. Both agree where the classes are of one size.
+    examples instead. Both agree where the classes are of one size. gap is within - between; its
+    error is not that of two independent means, since both are of the same examples.
 
     Returns:
         Lazy Dataset over leading dimensions + (relation: within, between): sign, cosine,
-        sign_over_pairs, cosine_over_pairs (float64), pairs, cosine_pairs and missing (int64).
+        sign_over_pairs, cosine_over_pairs (float64), pairs, cosine_pairs and missing (int64); over
+        leading dimensions: sign_gap and cosine_gap (float64). Each mean and gap has its standard
+        error, such as sign_error, sign_over_pairs_error and sign_gap_error: NaN where it hangs on
+        one example, as in `class_matrix`.
 
     Raises:
         DataError: the store lacks what is asked for.
     """
-    chosen = select(ds, splits)
-    totals = _totals(chosen, "class_name")
-    matrix = _means(totals, ds)
+    sums = grouped_sums(select(ds, splits), "class_name")
+    totals = cell_totals(sums)
+    matrix = cell_means(totals, None, ds)
     same = matrix["class_name"] == matrix["other_class_name"]
     parts = [_related(totals, matrix, mask) for mask in (same, ~same)]
     result = xr.concat(parts, dim="relation").transpose(..., "relation")
-    result = result.assign_coords(_relation_coordinate("within", "between"))
+    masks = (same.values, ~same.values)
+    result = with_mean_errors(result, sums, masks, difference="gap", text="within - between")
+    pooled = sums.leave_one_out(
+        partial(pooled_errors, sums.examples), {"relation": 2, "measure": 2}
+    )
+    result = with_errors(result, pooled, [f"{measure}_over_pairs" for measure in MEASURES])
+    result = result.assign_coords(relation_coordinate("within", "between"))
     return result.assign_coords(checkpoint_coordinates(ds)).assign_attrs(matrix.attrs)
 
 
-def superclass_contrast(matrix: xr.Dataset) -> xr.Dataset:
-    """Return mean stiffness between different classes of one super-class, and across super-classes.
-
-    A difference above 0 means that a network finds super-classes that no label tells it of (Fort et
-    al., v1 and v3, on CIFAR-100).
+def with_mean_errors(
+    result: xr.Dataset,
+    sums: GroupedSums,
+    masks: tuple[np.ndarray, np.ndarray],
+    *,
+    difference: str,
+    text: str,
+) -> xr.Dataset:
+    """Add errors of the means over two sets of cells, and their difference with its error.
 
     Args:
-        matrix: of `class_matrix`, from a store with super-classes.
-
-    Returns:
-        Dataset over leading dimensions + (relation: same_superclass, other_superclass): sign and
-        cosine, means over ordered pairs of different classes.
-
-    Raises:
-        DataError: the class matrix has no super-classes.
+        result: with sign and cosine over (relation: first set, second set).
+        sums: that they are made of.
+        masks: which cells (C, C) are in each set.
+        difference: name of the difference.
+        text: what it is.
     """
-    if "superclass_name" not in matrix.coords:
-        raise DataError("the class matrix has no super-classes: its data set has none")
-    different = matrix["class_name"] != matrix["other_class_name"]
-    same = matrix["superclass_name"] == matrix["other_superclass_name"]
-    parts = [
-        _class_means(matrix, different & mask, weight="every pair of classes alike")
-        for mask in (same, ~same)
-    ]
-    result = xr.concat(parts, dim="relation").transpose(..., "relation")
-    return result.assign_coords(_relation_coordinate("same_superclass", "other_superclass"))
+    errors = sums.leave_one_out(
+        partial(mean_errors, masks, sums.examples), {"relation": 3, "measure": 2}
+    )
+    result = result.assign(differences(result, difference, text))
+    result = with_errors(result, errors.isel(relation=slice(2)), MEASURES)
+    return with_errors(
+        result, errors.isel(relation=2), [f"{measure}_{difference}" for measure in MEASURES]
+    )
 
 
-def _row_sums(chosen: xr.Dataset, groups: Grouping) -> xr.Dataset:
-    lead, cosine = leading_dims(chosen), chosen["cosine"].data
-    # Labels go in whole and each block cuts its own: as dask arrays, shared by all blocks, they
-    # made dask hold a hundred blocks' sums at a time instead of ten.
-    sums = da.map_blocks(
-        _sums_of_block,
-        cosine,
-        labels=labels(chosen, groups),
-        n_groups=len(groups),
-        new_axis=[cosine.ndim, cosine.ndim + 1],
-        chunks=(*cosine.chunks[:-1], (1,) * cosine.numblocks[-1], (len(groups),), (len(SUMS),)),
-        dtype=np.float64,
-        meta=np.empty((0,) * (cosine.ndim + 2)),
-    ).sum(axis=cosine.ndim - 1)
-    dims = (*lead, "example", f"other_{groups.by}")
-    kept = {name: c for name, c in chosen.coords.items() if set(c.dims) <= {*lead, "example"}}
-    result = xr.Dataset(
-        {name: (dims, sums[..., k]) for k, name in enumerate(SUMS)},
-        coords=kept | {f"other_{groups.by}": groups.names},
-        attrs={"splits": chosen.attrs["splits"]},
-    ).drop_vars("row_identity")
-    return _described_sums(result)
-
-
-def _described_sums(result: xr.Dataset) -> xr.Dataset:
-    result["cosine_sum"].attrs = _summed(COSINE)
-    result["sign_sum"].attrs = _summed(SIGN)
-    result["cosine_pairs"].attrs = COSINE_PAIRS
-    result["pairs"].attrs = PAIRS
-    return result
-
-
-def _summed(attrs: dict[str, str]) -> dict[str, str]:
-    name = attrs["long_name"]
+def differences(result: xr.Dataset, name: str, text: str) -> dict[str, xr.DataArray]:
+    """Return the first relation's mean minus the second's, described."""
     return {
-        "long_name": f"sum of {name}",
-        "units": "1",
-        "description": f"{name.capitalize()} of each pair in the row, added up; its size is at most"
-        " the number of pairs.",
+        f"{measure}_{name}": (
+            result[measure].isel(relation=0) - result[measure].isel(relation=1)
+        ).assign_attrs(
+            long_name=f"{name} of {measure} stiffness",
+            units="1",
+            description=f"{text}, in [-2, 2].",
+        )
+        for measure in MEASURES
     }
 
 
-def _sums_of_block(
-    cosine: np.ndarray, *, labels: Labels, n_groups: int, block_info: Any
-) -> np.ndarray:
-    """Sum one block of pairs over the columns of each group.
-
-    Returns:
-        (…, i, 1, n_groups, S) float64.
-    """
-    block = labels.of_block(block_info)
-    out = np.zeros((*cosine.shape[:-1], 1, n_groups, len(SUMS)))
-    for rows, slab in block.slabs():
-        _add_rows(out[..., rows, 0, :, :], cosine[..., rows, :], slab)
-    return out
-
-
-def _add_rows(out: np.ndarray, cosine: np.ndarray, block: Labels) -> None:
-    """Fill `out` (…, i, n_groups, S) with the sums of a few rows.
-
-    Sorting the columns and adding each run costs the same for any number of groups; products with
-    one-hot columns cost twice as much at 100 groups, and more beyond, and in float32 they would
-    round the sums.
-    """
-    order = np.argsort(block.column_groups, kind="stable")
-    present, starts = np.unique(block.column_groups[order], return_index=True)
-
-    def added(values: np.ndarray) -> np.ndarray:
-        return np.asarray(np.add.reduceat(values, starts, axis=-1, dtype=np.float64))
-
-    known = np.isfinite(cosine)
-    if (self_pair := block.self_pairs()) is not None:
-        known &= ~self_pair
-    cosine = cosine[..., order]
-    everything = known.all()
-    if not everything:
-        known = known[..., order]
-        cosine = np.where(known, cosine, np.float32(0))
-    pairs = np.diff(starts, append=len(order)) if everything else added(known)
-    sign = (cosine > 0).view(np.int8) - (cosine < 0).view(np.int8)
-    out[..., present, 1] = added(sign)
-    out[..., present, 3] = pairs
-    if (zero := block.zero_pairs()) is not None:
-        nonzero = ~zero[..., order]
-        cosine = np.where(nonzero, cosine, np.float32(0))
-        pairs = added(known & nonzero)
-    out[..., present, 0] = added(cosine)
-    out[..., present, 2] = pairs
+def with_errors(
+    result: xr.Dataset, errors: xr.DataArray, names: tuple[str, ...] | list[str]
+) -> xr.Dataset:
+    """Add NAME_error to each variable, from errors over (…, measure)."""
+    return result.assign(
+        {
+            f"{name}_error": errors.isel(measure=k).assign_attrs(
+                error_attrs(result[name].attrs, HANGS_ON)
+            )
+            for k, name in enumerate(names)
+        }
+    )
 
 
-def _totals(chosen: xr.Dataset, by: str) -> xr.Dataset:
+def cell_totals(sums: GroupedSums) -> xr.Dataset:
     """Add row sums over the rows of each group: sums over (…, <by>, other_<by>), and `possible`."""
-    groups = grouping(chosen, by)
-    sums = _row_sums(chosen, groups)
-    member = _membership(groups.rows, groups.names, "example", by)
-    totals = sums[list(SUMS)].map(lambda column: xr.dot(member, column, dim="example"))
-    totals = totals.transpose(..., by, f"other_{by}")
-    totals["possible"] = ((by, f"other_{by}"), _possible_pairs(chosen, groups))
-    above = _superclass_of(chosen, groups)
-    return totals.assign_coords(above).assign_attrs(sums.attrs)
+    groups, size = sums.groups, len(sums.groups)
+    by, other = groups.by, f"other_{groups.by}"
+    added = sums.leave_one_out(
+        partial(group_totals, sums.examples), {by: size, other: size, "sum": len(SUMS)}
+    )
+    totals = xr.Dataset({name: added.isel(sum=k) for k, name in enumerate(SUMS)})
+    totals["possible"] = ((by, other), _possible_pairs(sums.chosen, groups))
+    totals = totals.assign_coords({by: groups.names, other: groups.names})
+    above = _superclass_of(sums.chosen, groups)
+    return totals.assign_coords(above).assign_attrs(splits=sums.chosen.attrs["splits"])
 
 
-def _membership(codes: np.ndarray, names: np.ndarray, dim: str, by: str) -> xr.DataArray:
+def membership(codes: np.ndarray, names: np.ndarray, dim: str, by: str) -> xr.DataArray:
     """Return 1 where an element of `dim` is in a group, else 0."""
     one_hot = (codes[:, None] == np.arange(len(names))).astype(np.float64)
     return xr.DataArray(one_hot, dims=(dim, by), coords={by: names})
@@ -305,7 +207,7 @@ def _possible_pairs(chosen: xr.Dataset, groups: Grouping) -> np.ndarray:
     return counts.astype(np.float64)
 
 
-def _superclasses(chosen: xr.Dataset) -> Grouping:
+def superclasses_of_classes(chosen: xr.Dataset) -> Grouping:
     """Return the super-class of each class, as a grouping of classes."""
     examples = grouping(chosen, "superclass_name")
     classes = grouping(chosen, "class_name")
@@ -323,15 +225,15 @@ def _superclass_of(chosen: xr.Dataset, groups: Grouping) -> dict[str, tuple[str,
     """Return the super-class of each class as coordinates, where there are super-classes."""
     if groups.by != "class_name" or "superclass_name" not in chosen.coords:
         return {}
-    above = _superclasses(chosen)
+    above = superclasses_of_classes(chosen)
     known = {"superclass": above.rows, "superclass_name": above.names[above.rows]}
     return {name: ("class_name", values) for name, values in known.items()} | {
         f"other_{name}": ("other_class_name", values) for name, values in known.items()
     }
 
 
-def _means(totals: xr.Dataset, ds: xr.Dataset) -> xr.Dataset:
-    """Turn sums into means and counts, with the coordinates of the checkpoints."""
+def cell_means(totals: xr.Dataset, errors: xr.DataArray | None, ds: xr.Dataset) -> xr.Dataset:
+    """Turn sums into means and counts, with errors and the coordinates of the checkpoints."""
     result = xr.Dataset(
         {
             "cosine": _ratio(totals["cosine_sum"], totals["cosine_pairs"]),
@@ -342,28 +244,19 @@ def _means(totals: xr.Dataset, ds: xr.Dataset) -> xr.Dataset:
         },
         attrs=origin(ds) | totals.attrs,
     ).transpose(*totals["pairs"].dims)
-    return _described(result).assign_coords(checkpoint_coordinates(ds))
+    for name in result.data_vars:
+        result[name].attrs = dict(_ATTRS[str(name)])
+    if errors is not None:
+        result = with_errors(result, errors, MEASURES)
+    return result.assign_coords(checkpoint_coordinates(ds))
 
 
 def _ratio(sums: xr.DataArray, pairs: xr.DataArray) -> xr.DataArray:
     return sums / pairs.where(pairs > 0)
 
 
-def _described(result: xr.Dataset) -> xr.Dataset:
-    described = {
-        "cosine": COSINE,
-        "sign": SIGN,
-        "pairs": PAIRS,
-        "cosine_pairs": COSINE_PAIRS,
-        "missing": MISSING,
-    }
-    for name in result.data_vars:
-        result[name].attrs = dict(described[str(name)])
-    return result
-
-
 def _related(totals: xr.Dataset, matrix: xr.Dataset, mask: xr.DataArray) -> xr.Dataset:
-    result = _class_means(matrix, mask, weight="every class, or pair of classes, alike")
+    result = class_means(matrix, mask, weight="every class, or pair of classes, alike")
     classes = ["class_name", "other_class_name"]
     sums = totals.where(mask, 0.0).sum(classes)
     for name, attrs in (("cosine", COSINE), ("sign", SIGN)):
@@ -378,10 +271,7 @@ def _related(totals: xr.Dataset, matrix: xr.Dataset, mask: xr.DataArray) -> xr.D
     ).drop_vars([name for name in result.coords if name not in result.indexes])
 
 
-_COUNTS = ("pairs", "cosine_pairs", "missing")
-
-
-def _class_means(matrix: xr.Dataset, mask: xr.DataArray, *, weight: str) -> xr.Dataset:
+def class_means(matrix: xr.Dataset, mask: xr.DataArray, *, weight: str) -> xr.Dataset:
     """Average the cells of a class matrix that are in `mask` and have pairs."""
     means = {
         name: matrix[name]
@@ -393,7 +283,8 @@ def _class_means(matrix: xr.Dataset, mask: xr.DataArray, *, weight: str) -> xr.D
     return xr.Dataset(means)
 
 
-def _relation_coordinate(*names: str) -> dict[str, xr.DataArray]:
+def relation_coordinate(*names: str) -> dict[str, xr.DataArray]:
+    """Return the coordinate that names the relations."""
     values = np.empty(len(names), dtype=object)
     values[:] = names
     attrs = {"long_name": "relation of the two examples' classes"}

@@ -1,21 +1,32 @@
 """Stiffness against the distance of two inputs.
 
 Legend of the arrays: i examples in rows, j examples in columns, r relation of their classes (0
-within one, 1 between two), k distance bins, S what is kept (as in `classes`). Each pair of chunks
+within one, 1 between two), k distance bins, S what is kept (as in `sums`). Each pair of chunks
 (cosine, distance) is read once and ends in sums per row, bin and relation: enough for the profile
 and its error bars.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import dask.array as da
 import numpy as np
 import xarray as xr
 
-from distributed_stiffness.analysis.classes import COSINE, COSINE_PAIRS, PAIRS, SIGN, SUMS
+from distributed_stiffness.analysis.jackknife import (
+    MEASURES,
+    Examples,
+    Statistic,
+    changes,
+    error_attrs,
+    examples_of,
+    leave_one_out,
+    spread,
+)
 from distributed_stiffness.analysis.pairs import (
     Labels,
     Splits,
@@ -26,6 +37,7 @@ from distributed_stiffness.analysis.pairs import (
     origin,
     select,
 )
+from distributed_stiffness.analysis.sums import COSINE, COSINE_PAIRS, PAIRS, SIGN, SUMS
 from distributed_stiffness.errors import DataError
 
 LARGEST = 2.0  # 1 − cosine of two inputs is at most this
@@ -41,11 +53,12 @@ def distance_profile(
     *,
     splits: Splits | None = None,
 ) -> xr.Dataset:
-    """Return mean stiffness of pairs in bins of input distance.
+    """Return mean stiffness of pairs in bins of input distance, with standard errors.
 
     Distance is 1 − x_i·x_j/(|x_i||x_j|), in [0, 2], of inputs as the network sees them (Fort et
     al., v3). Self-pairs are left out. Profiles of two studies can be compared only under one
-    preprocessing, and with the same edges.
+    preprocessing, and with the same edges. Errors are by jackknife over examples, all of them one
+    sample; those of neighbouring bins are correlated, for bins share examples.
 
     Args:
         ds: a store.
@@ -57,13 +70,15 @@ def distance_profile(
 
     Returns:
         Lazy Dataset over leading dimensions + (relation: all, within, between; distance_bin): sign
-        and cosine (float64, NaN in an empty bin), pairs and cosine_pairs (int64); coordinates
-        distance_bin (the centre), lower_edge and upper_edge.
+        and cosine (float64, NaN in an empty bin), sign_error and cosine_error (float64, NaN where
+        one example is in more than half of the bin's pairs), pairs and cosine_pairs (int64);
+        coordinates distance_bin (the centre), lower_edge and upper_edge.
 
     Raises:
         DataError: the store has no distances, or the edges do not ascend.
     """
-    sums = distance_row_sums(ds, bins, edges, splits=splits).sum("example")
+    binned = binned_sums(ds, bins, edges, splits=splits)
+    sums = _of_rows(binned).sum("example")
     both = sums.sum("relation").expand_dims(relation=["all"])
     sums = xr.concat([both, sums], dim="relation")
     result = xr.Dataset(
@@ -77,11 +92,83 @@ def distance_profile(
     ).transpose(..., "relation", "distance_bin")
     for name, attrs in _ATTRS.items():
         result[name].attrs = dict(attrs)
+    dims = {"relation": 3, "distance_bin": len(binned.edges) - 1, "measure": 2}
+    errors = binned.leave_one_out(partial(_bin_errors, binned.examples), dims)
+    for k, measure in enumerate(MEASURES):
+        attrs = error_attrs(_ATTRS[measure], "one example is in more than half of the pairs")
+        result[f"{measure}_error"] = errors.isel(measure=k).assign_attrs(attrs)
     result["relation"].attrs = {"long_name": "relation of the two examples' classes"}
     return result.assign_coords(checkpoint_coordinates(ds))
 
 
 _ATTRS = {"cosine": COSINE, "sign": SIGN, "pairs": PAIRS, "cosine_pairs": COSINE_PAIRS}
+
+
+def _bin_errors(examples: Examples, as_row: np.ndarray, as_column: np.ndarray) -> np.ndarray:
+    """Return the standard error of each mean (relation, bin, 2), from sums (E, r, k, S)."""
+    lost = as_row + as_column
+    lost = np.concatenate([lost.sum(1, keepdims=True), lost], axis=1)
+    variance = spread(changes(lost), examples.roles).sum(0)
+    pairs = lost[..., 2:]
+    variance[pairs.max(0) > pairs.sum(0) / 4] = np.nan  # the sum counts each pair twice
+    return np.asarray(np.sqrt(variance))
+
+
+@dataclass(frozen=True)
+class BinnedSums:
+    """A selection's sums by example, relation and distance bin, not computed yet."""
+
+    chosen: xr.Dataset
+    examples: Examples
+    edges: np.ndarray  # of the bins
+    # Of rows (lead…, N, r, k, S), and of columns (lead…, M, r, k, S) where these are others.
+    sides: tuple[da.Array, ...]
+
+    def leave_one_out(self, statistic: Statistic, dims: Mapping[str, int]) -> xr.DataArray:
+        """Apply a function of each example's sums: see `jackknife.leave_one_out`."""
+        lead = leading_dims(self.chosen)
+        return leave_one_out(statistic, self.examples, self.sides, lead, dims)
+
+
+def binned_sums(
+    ds: xr.Dataset,
+    bins: int = 20,
+    edges: Sequence[float] | np.ndarray | None = None,
+    *,
+    splits: Splits | None = None,
+) -> BinnedSums:
+    """Sum the pairs of each example by relation and distance bin; as `distance_profile`.
+
+    Raises:
+        DataError: the store has no distances, or the edges do not ascend.
+    """
+    chosen = _with_distance(ds, splits)
+    known_edges = _checked(edges) if edges is not None else _observed_edges(chosen, bins)
+    groups = grouping(chosen, "class_name")
+    examples, of_rows = examples_of(chosen, groups), labels(chosen, groups)
+    cosine = chosen["cosine"].data
+    distance = chosen["distance"].data.rechunk(cosine.chunks[-2:])
+    sides = [_sums(cosine, distance, of_rows, known_edges)]
+    if not examples.square:
+        turned = cosine.swapaxes(-1, -2), distance.T
+        sides.append(_sums(*turned, of_rows.transposed(), known_edges))
+    return BinnedSums(chosen, examples, known_edges, tuple(sides))
+
+
+def distance_edges(ds: xr.Dataset, bins: int = 20, *, splits: Splits | None = None) -> np.ndarray:
+    """Return the edges of equal bins over the distances that occur; they are read at this call.
+
+    Raises:
+        DataError: the store has no distances, or no bin is asked for.
+    """
+    return _observed_edges(_with_distance(ds, splits), bins)
+
+
+def _with_distance(ds: xr.Dataset, splits: Splits | None) -> xr.Dataset:
+    chosen = select(ds, splits)
+    if "distance" not in chosen:
+        raise DataError("the store has no variable distance (example, other): no profile")
+    return chosen
 
 
 def distance_row_sums(
@@ -101,30 +188,33 @@ def distance_row_sums(
     Raises:
         DataError: the store has no distances, or the edges do not ascend.
     """
-    chosen = select(ds, splits)
-    if "distance" not in chosen:
-        raise DataError("the store has no variable distance (example, other): no profile")
-    known_edges = _checked(edges) if edges is not None else _observed_edges(chosen, bins)
-    groups = grouping(chosen, "class_name")
-    lead, cosine, n_bins = leading_dims(chosen), chosen["cosine"].data, len(known_edges) - 1
-    sums = da.map_blocks(
+    return _of_rows(binned_sums(ds, bins, edges, splits=splits))
+
+
+def _of_rows(binned: BinnedSums) -> xr.Dataset:
+    chosen = binned.chosen
+    dims = (*leading_dims(chosen), "example", "relation", "distance_bin")
+    kept = {name: c for name, c in chosen.coords.items() if set(c.dims) <= set(dims)}
+    return xr.Dataset(
+        {name: (dims, binned.sides[0][..., k]) for k, name in enumerate(SUMS)},
+        coords=kept | {"relation": ["within", "between"]} | _bin_coordinates(binned.edges),
+        attrs={"splits": chosen.attrs["splits"]},
+    ).drop_vars("row_identity")
+
+
+def _sums(cosine: da.Array, distance: da.Array, labels: Labels, edges: np.ndarray) -> da.Array:
+    n_bins = len(edges) - 1
+    return da.map_blocks(
         _sums_of_block,
         cosine,
-        chosen["distance"].data.rechunk(cosine.chunks[-2:]),
-        labels=labels(chosen, groups),
-        edges=known_edges,
+        distance,
+        labels=labels,
+        edges=edges,
         new_axis=[cosine.ndim, cosine.ndim + 1, cosine.ndim + 2],
         chunks=(*cosine.chunks[:-1], (1,) * cosine.numblocks[-1], (2,), (n_bins,), (len(SUMS),)),
         dtype=np.float64,
         meta=np.empty((0,) * (cosine.ndim + 3)),
     ).sum(axis=cosine.ndim - 1)
-    dims = (*lead, "example", "relation", "distance_bin")
-    kept = {name: c for name, c in chosen.coords.items() if set(c.dims) <= {*lead, "example"}}
-    return xr.Dataset(
-        {name: (dims, sums[..., k]) for k, name in enumerate(SUMS)},
-        coords=kept | {"relation": ["within", "between"]} | _bin_coordinates(known_edges),
-        attrs={"splits": chosen.attrs["splits"]},
-    ).drop_vars("row_identity")
 
 
 def _sums_of_block(
@@ -160,7 +250,7 @@ def _sums_of_rows(
         kept &= ~self_pair
     # (row, relation, bin, kind of pair) as one integer; the kind is added for each checkpoint.
     place = _bins(distance, kept, edges)
-    place += n_bins * (block.row_groups[:, None] != block.column_groups)
+    np.add(place, n_bins, out=place, where=block.row_groups[:, None] != block.column_groups)
     place += 2 * n_bins * np.arange(n_rows)[:, None]
     place *= 4
     lead, zero = cosine.shape[:-2], block.zero_pairs()
@@ -183,18 +273,15 @@ def _added(cosine: np.ndarray, place: np.ndarray, kept: np.ndarray, *, size: int
     if not known.all():
         cosine, place = cosine[known], place[known]
     cosine, place = cosine.ravel(), place.ravel()
-    counts = np.bincount(place, minlength=size).reshape(-1, 4)
-    totals = np.bincount(place, weights=cosine, minlength=size).reshape(-1, 4)
-    pairs = counts.sum(1)
-    return np.stack(
-        [
-            totals[:, :_ZERO_GRADIENT].sum(1),
-            counts[:, _HELPS] - counts[:, _HARMS],
-            pairs - counts[:, _ZERO_GRADIENT],
-            pairs,
-        ],
-        axis=1,
-    ).astype(np.float64)
+    harms, neutral, helps, zero = np.bincount(place, minlength=size).reshape(-1, 4).T
+    totals = np.bincount(place, weights=cosine, minlength=size).reshape(-1, 4).T
+    out = np.empty((size // 4, len(SUMS)))
+    # Whole columns at a time: sums along an axis of four take as long as the counting.
+    out[:, 0] = totals[_HARMS] + totals[_NEUTRAL] + totals[_HELPS]
+    out[:, 1] = helps - harms
+    out[:, 2] = harms + neutral + helps
+    out[:, 3] = out[:, 2] + zero
+    return out
 
 
 def _bins(distance: np.ndarray, kept: np.ndarray, edges: np.ndarray) -> np.ndarray:

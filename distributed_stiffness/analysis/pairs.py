@@ -61,6 +61,17 @@ class Labels:
             column_zero=self.column_zero[*lead, ..., j],
         )
 
+    def transposed(self) -> Labels:
+        """Return the labels of the transposed matrix."""
+        return Labels(
+            rows=self.columns,
+            columns=self.rows,
+            row_groups=self.column_groups,
+            column_groups=self.row_groups,
+            row_zero=self.column_zero,
+            column_zero=self.row_zero,
+        )
+
     def slabs(self) -> Iterator[tuple[slice, Labels]]:
         """Yield a block's rows a few at a time, so that what is made of them stays in the cache.
 

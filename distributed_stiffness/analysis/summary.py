@@ -8,12 +8,13 @@ from typing import Any
 
 import xarray as xr
 
-from distributed_stiffness.analysis.classes import class_matrix, superclass_matrix, within_between
+from distributed_stiffness.analysis.classes import class_matrix, within_between
 from distributed_stiffness.analysis.critical_length import critical_length
 from distributed_stiffness.analysis.curves import checkpoint_curves
-from distributed_stiffness.analysis.distance import distance_profile
+from distributed_stiffness.analysis.distance import distance_edges, distance_profile
 from distributed_stiffness.analysis.one_pass import compute_together
 from distributed_stiffness.analysis.pairs import Splits, with_labels_in_memory
+from distributed_stiffness.analysis.superclasses import superclass_contrast, superclass_matrix
 from distributed_stiffness.progress import Progress
 
 
@@ -26,6 +27,7 @@ class Summary:
 
     class_matrix: xr.Dataset
     superclass_matrix: xr.Dataset | None  # None: the data set has no super-classes
+    superclass_contrast: xr.Dataset | None
     within_between: xr.Dataset
     distance_profile: xr.Dataset | None  # None: the store has no distances
     critical_length: xr.Dataset | None
@@ -60,16 +62,19 @@ def summary(
     }
     if "superclass_name" in ds.coords:
         lazy["superclass_matrix"] = superclass_matrix(ds, splits=splits)
+        lazy["superclass_contrast"] = superclass_contrast(ds, splits=splits)
     if "distance" in ds:
-        lazy["distance_profile"] = distance_profile(ds, bins, splits=splits)
+        edges = distance_edges(ds, bins, splits=splits)  # reads the distances: once for both
+        lazy["distance_profile"] = distance_profile(ds, edges=edges, splits=splits)
+        lazy["critical_length"] = critical_length(ds, edges=edges, splits=splits)
     done = dict(zip(lazy, compute_together(list(lazy.values()), progress), strict=True))
-    profile = done.get("distance_profile")
     return Summary(
         class_matrix=done["class_matrix"],
         superclass_matrix=done.get("superclass_matrix"),
+        superclass_contrast=done.get("superclass_contrast"),
         within_between=done["within_between"],
-        distance_profile=profile,
-        critical_length=None if profile is None else critical_length(profile),
+        distance_profile=done.get("distance_profile"),
+        critical_length=done.get("critical_length"),
         curves=done["curves"],
         sizes=dict(ds.sizes),
         attrs=dict(ds.attrs),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
+from distributed_stiffness.analysis import over_seeds
 from distributed_stiffness.errors import DataError
 
 RUN = ("learning_rate", "seed", "iteration")
@@ -22,7 +23,7 @@ def with_run_dims(ds: xr.Dataset) -> xr.Dataset:
 
 
 def of_seed(ds: xr.Dataset, seed: int | None) -> xr.Dataset:
-    """Return one seed's statistics, or their means over the seeds; without the dimension.
+    """Return one seed's statistics, or `over_seeds` of them; without the dimension.
 
     Raises:
         DataError: there is no such seed.
@@ -30,9 +31,7 @@ def of_seed(ds: xr.Dataset, seed: int | None) -> xr.Dataset:
     ds = with_run_dims(ds)
     if seed is not None:
         return ds.isel(seed=_position(ds, "seed", seed))
-    curves = [name for name, c in ds.coords.items() if "seed" in c.dims and name != "seed"]
-    numbers = ds.reset_coords(curves)
-    return numbers.mean("seed", skipna=True, keep_attrs=True).set_coords(curves)
+    return over_seeds(ds)
 
 
 def of_learning_rate(ds: xr.Dataset, learning_rate: float | None) -> xr.Dataset:

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from distributed_stiffness.figures.checkpoints import details, rate_title, seeds_note, with_run_dims
-from distributed_stiffness.figures.style import heading, style
+from distributed_stiffness.figures.style import BANDS, band, heading, style
 
 # Above this share, undecided signs are no longer a detail of the sign stiffness.
 NOTABLE_SHARE = 1e-3
@@ -29,7 +29,9 @@ def stiffness_curves(within_between: xr.Dataset, curves: xr.Dataset) -> Figure:
     """Draw stiffness within and between classes over training, above loss and accuracy.
 
     One colour for each learning rate; the mean over seeds, with thin lines for each seed where
-    there are several. All four panels share the axis of steps, logarithmic but for step 0.
+    there are several. Bands of stiffness are ± one standard error over examples, of the networks
+    that are there: how far seeds differ is seen from the thin lines. All four panels share the axis
+    of steps, logarithmic but for step 0.
 
     Args:
         within_between: of the function of that name.
@@ -37,6 +39,7 @@ def stiffness_curves(within_between: xr.Dataset, curves: xr.Dataset) -> Figure:
     """
     stiffness, training = with_run_dims(within_between), with_run_dims(curves)
     stiffness = stiffness.drop_vars([n for n in stiffness.coords if n in training.data_vars])
+    note = seeds_note(within_between, None)
     with style():
         figure = Figure(figsize=(9.6, 6.4), layout="constrained")
         axes = figure.subplots(2, 2, sharex=True)
@@ -49,7 +52,11 @@ def stiffness_curves(within_between: xr.Dataset, curves: xr.Dataset) -> Figure:
         heading(
             figure,
             "Stiffness over training, within a class and between classes",
-            details(within_between, seeds_note(within_between, None)),
+            details(
+                within_between,
+                f"{note} (thin: each)" if note else "",
+                BANDS if "sign_error" in stiffness else "",
+            ),
         )
     return figure
 
@@ -57,7 +64,8 @@ def stiffness_curves(within_between: xr.Dataset, curves: xr.Dataset) -> Figure:
 def _stiffness_panel(ax: Axes, stiffness: xr.Dataset, measure: str) -> None:
     ax.axhline(0, color="0.35", linewidth=0.8)
     for relation, line in (("within", _SOLID), ("between", _DASHED)):
-        _lines(ax, stiffness[measure].sel(relation=relation), line)
+        of_relation = stiffness.sel(relation=relation)
+        _lines(ax, of_relation[measure], line, of_relation.get(f"{measure}_error"))
     ax.set_title(f"{measure.capitalize()} stiffness")
     ax.set_ylabel(f"mean {measure} of pairs" if measure == "cosine" else "share helping − harming")
     _key(ax, {"within a class": _SOLID, "between classes": _DASHED})
@@ -73,9 +81,12 @@ def _training_panel(ax: Axes, training: xr.Dataset, name: str) -> None:
     _key(ax, {"training": _SOLID, "validation": _DASHED})
 
 
-def _lines(ax: Axes, values: xr.DataArray, line: LineStyle) -> None:
-    """Draw one line for each learning rate, and thin ones for each of several seeds."""
+def _lines(
+    ax: Axes, values: xr.DataArray, line: LineStyle, errors: xr.DataArray | None = None
+) -> None:
+    """Draw one line for each learning rate, its band, and thin lines for each of several seeds."""
     values = values.transpose("learning_rate", "seed", "iteration")
+    bands = None if errors is None else errors.mean("seed").transpose("learning_rate", "iteration")
     steps = values["iteration"].values
     colours = rate_colours(values.sizes["learning_rate"])
     for k, of_rate in enumerate(values.values):
@@ -87,6 +98,8 @@ def _lines(ax: Axes, values: xr.DataArray, line: LineStyle) -> None:
         face = colours[k] if line == _SOLID else "white"
         marker = _MARKERS[k % len(_MARKERS)]
         ax.plot(steps, mean, line, marker=marker, color=colours[k], markerfacecolor=face)
+        if bands is not None:
+            band(ax, steps, mean, bands.values[k], colours[k])
 
 
 def rate_colours(n: int) -> list[str]:

@@ -57,5 +57,7 @@ def _figures(numbers: Summary) -> dict[str, Callable[[], Figure]]:
             figures[name] = partial(superclass_matrices, numbers.superclass_matrix, measure)
     figures["stiffness_curves"] = partial(stiffness_curves, numbers.within_between, numbers.curves)
     if numbers.distance_profile is not None:
-        figures["distance_profile"] = partial(profiles, numbers.distance_profile)
+        figures["distance_profile"] = partial(
+            profiles, numbers.distance_profile, length=numbers.critical_length
+        )
     return figures

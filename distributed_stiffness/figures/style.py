@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from distributed_stiffness.errors import DataError
@@ -17,6 +20,8 @@ MEANING = {
     "sign": "sign stiffness: share of pairs that help each other minus share that harm",
     "cosine": "cosine stiffness: mean cosine of the two loss gradients",
 }
+
+BANDS = "bands: ± one standard error over examples"
 
 
 @contextmanager
@@ -42,6 +47,12 @@ def heading(figure: Figure, title: str, details: str) -> None:
         details, (0.5, 0.0), xycoords=top, ha="center", va="bottom", annotation_clip=False
     )
     below.set_in_layout(False)
+
+
+def band(ax: Axes, x: np.ndarray, mean: np.ndarray, error: np.ndarray, colour: Any) -> None:
+    """Shade ± one standard error around means in [-1, 1]; nothing where the error is not known."""
+    low, high = np.maximum(mean - error, -1), np.minimum(mean + error, 1)
+    ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0, zorder=1)
 
 
 def require_measure(measure: str) -> None:

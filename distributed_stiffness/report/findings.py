@@ -5,19 +5,22 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from distributed_stiffness.analysis import Summary, superclass_contrast
+from distributed_stiffness.analysis import Summary, over_seeds
 from distributed_stiffness.figures.checkpoints import of_seed, with_run_dims
 
 # Sign stiffness nearer to 0 than this is called no effect: 1 pair in 20.
 SMALL = 0.05
+# A difference is claimed only where it is larger than so many of its errors.
+ERRORS = 2
 
 
 def findings(summary: Summary) -> list[str]:
     """Say in a few sentences what a study shows; means over seeds where there are several.
 
     For each learning rate, the first and the last iteration that are computed are compared; then
-    come the classes that stand out, super-classes, and the critical length. What limits the numbers
-    (missing or undecided pairs, zero gradients) comes last.
+    come whether classes and super-classes can be told from chance, the classes that stand out, and
+    the critical length. What ± means and what limits the numbers (missing or undecided pairs, zero
+    gradients) comes last.
     """
     relations = of_seed(summary.within_between, None)
     matrices = of_seed(summary.class_matrix, None)
@@ -33,11 +36,21 @@ def findings(summary: Summary) -> list[str]:
         lines.append(f"{name}, {_within_between(one, done)}")
         last = {"learning_rate": rate, "iteration": done[-1]}
         at = f"Learning rate {rate:g}, step {done[-1]:,}: "
-        more = _class_pairs(matrices.sel(last)) + _superclasses(matrices.sel(last))
+        more = _gap(relations.sel(last)) + _class_pairs(matrices.sel(last))
+        if summary.superclass_contrast is not None:
+            more += _superclasses(of_seed(summary.superclass_contrast, None).sel(last))
         if summary.critical_length is not None:
             more += _critical_length(with_run_dims(summary.critical_length).sel(last))
         lines += [at + line for line in more]
-    return lines + limits(summary)
+    return [*lines, errors_note(n_seeds), *limits(summary)]
+
+
+def errors_note(n_seeds: int) -> str:
+    """Say what ± means."""
+    note = "Numbers are given ± one standard error, by jackknife over examples, of these networks"
+    return note + (
+        "; in brackets is the standard error over seeds, of training." if n_seeds > 1 else "."
+    )
 
 
 def limits(summary: Summary) -> list[str]:
@@ -66,9 +79,29 @@ def number(value: float, digits: int = 2) -> str:
     return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
 
 
-def effect(value: float) -> str:
-    """Say in words what a mean sign stiffness means for two examples."""
-    if abs(value) < SMALL:
+def measured(at: xr.Dataset, name: str, digits: int = 2) -> str:
+    """Write a number ± its standard error, and in brackets that over seeds, as far as known.
+
+    An error below half a unit of the last digit gets digits until it shows; four at most.
+    """
+    value, error, seeds = (
+        float(at[key]) if key in at else np.nan
+        for key in (name, f"{name}_error", f"{name}_seed_error")
+    )
+    if not np.isfinite(value) or not np.isfinite(error):
+        return number(value, digits)
+    while digits < 4 and 0 < error < 0.5 * 10.0**-digits:
+        digits += 1
+    text = f"{number(value, digits)} ± {number(error, digits)}"
+    return f"{text} (± {number(seeds, digits)})" if np.isfinite(seeds) else text
+
+
+def effect(value: float, error: float = 0.0) -> str:
+    """Say in words what a mean sign stiffness means for two examples.
+
+    What is not larger than two of its errors is no effect; an error that is not known is none.
+    """
+    if abs(value) < SMALL or abs(value) <= ERRORS * np.nan_to_num(error):
         return "help as often as they harm each other"
     verb, other = ("help", "harm") if value > 0 else ("harm", "help")
     if abs(value) < 0.3:
@@ -79,7 +112,7 @@ def effect(value: float) -> str:
 def _within_between(one: xr.Dataset, done: np.ndarray) -> str:
     """Compare the first and the last iteration that are computed."""
     first, last = one.sel(iteration=done[0]), one.sel(iteration=done[-1])
-    within, between = (float(last["sign"].sel(relation=r)) for r in ("within", "between"))
+    within, between = (_effect(last.sel(relation=r)) for r in ("within", "between"))
     when = _when(last) if len(done) == 1 else f"from {_when(first)} to {_when(last)}"
     parts = [
         f"{measure} stiffness within a class {_change(first, last, measure, 'within')},"
@@ -88,12 +121,38 @@ def _within_between(one: xr.Dataset, done: np.ndarray) -> str:
     ]
     return (
         f"{when}: {'; '.join(parts)}. At step {done[-1]:,} two examples of one class"
-        f" {effect(within)}, and two of different classes {effect(between)}."
+        f" {within}, and two of different classes {between}."
     )
 
 
+def _effect(at: xr.Dataset) -> str:
+    return effect(float(at["sign"]), largest_error(at, "sign"))
+
+
+def largest_error(at: xr.Dataset, name: str) -> float:
+    """Return the larger of the errors over examples and over seeds, NaN where neither is known."""
+    errors = [float(at[key]) for key in (f"{name}_error", f"{name}_seed_error") if key in at]
+    return max((error for error in errors if np.isfinite(error)), default=np.nan)
+
+
+def _gap(at: xr.Dataset) -> list[str]:
+    """Say whether examples of one class are told from others by more than chance."""
+    lines = []
+    for measure in ("sign", "cosine"):
+        gap, error = float(at[f"{measure}_gap"]), largest_error(at, f"{measure}_gap")
+        if not np.isfinite([gap, error]).all():
+            continue
+        said = (
+            "is as large within a class as between classes, as far as its errors can tell"
+            if abs(gap) <= ERRORS * error
+            else f"is {'larger' if gap > 0 else 'smaller'} within a class than between classes"
+        )
+        lines.append(f"{measure} stiffness {said} (gap {measured(at, f'{measure}_gap')})")
+    return [f"{'; '.join(lines)}."] if lines else []
+
+
 def _change(first: xr.Dataset, last: xr.Dataset, measure: str, relation: str) -> str:
-    before, after = (number(float(at[measure].sel(relation=relation))) for at in (first, last))
+    before, after = (measured(at.sel(relation=relation), measure) for at in (first, last))
     return after if int(first["iteration"]) == int(last["iteration"]) else f"{before} → {after}"
 
 
@@ -110,67 +169,86 @@ def _class_pairs(matrix: xr.Dataset) -> list[str]:
     if len(names) < 3 or sign.shape[0] != sign.shape[1] or not np.isfinite(sign).all():
         return []
     within = np.diag(sign)
-    best, worst = within.argmax(), within.argmin()
+    best, worst = int(within.argmax()), int(within.argmin())
     pairs = [(sign[a, b], a, b) for a in range(len(names)) for b in range(a)]
-    (low, a, b), (high, c, d) = min(pairs), max(pairs)
+    (_, a, b), (_, c, d) = min(pairs), max(pairs)
+
+    def cell(a: int, b: int) -> str:
+        return measured(matrix.isel(class_name=a, other_class_name=b), "sign")
+
     own = (
-        f"is highest for {names[best]} ({number(within[best])}) and lowest for {names[worst]}"
-        f" ({number(within[worst])})"
+        f"is highest for {names[best]} ({cell(best, best)}) and lowest for {names[worst]}"
+        f" ({cell(worst, worst)})"
     )
     if number(within[best]) == number(within[worst]):
         own = f"is {number(within[best])} for every class"
     return [
         f"sign stiffness within a class {own}; between classes it is highest for {names[d]} with"
-        f" {names[c]} ({number(high)}) and lowest for {names[b]} with {names[a]} ({number(low)})."
+        f" {names[c]} ({cell(c, d)}) and lowest for {names[b]} with {names[a]} ({cell(a, b)})."
     ]
 
 
-def _superclasses(matrix: xr.Dataset) -> list[str]:
-    if "superclass_name" not in matrix.coords:
+def _superclasses(contrast: xr.Dataset) -> list[str]:
+    gap, error = float(contrast["sign_contrast"]), largest_error(contrast, "sign_contrast")
+    if not np.isfinite(gap):
         return []
-    contrast = superclass_contrast(matrix)["sign"]
-    same, other = (
-        float(contrast.sel(relation=f"{which}_superclass")) for which in ("same", "other")
-    )
-    if not np.isfinite([same, other]).all():
-        return []
-    gap = same - other
     said = (
-        "classes of one super-class are stiffer with each other"
-        if gap > SMALL / 2
+        "super-classes make no difference"
+        if abs(gap) <= max(SMALL / 2, ERRORS * np.nan_to_num(error))
+        else "classes of one super-class are stiffer with each other"
+        if gap > 0
         else "classes of one super-class are less stiff with each other"
-        if gap < -SMALL / 2
-        else "super-classes make no difference"
+    )
+    same, other = (
+        measured(contrast.sel(relation=relation), "sign")
+        for relation in ("same_superclass", "other_superclass")
     )
     return [
-        f"{said}: mean sign stiffness of two different classes is {number(same)} inside a"
-        f" super-class, {number(other)} across."
+        f"{said}: mean sign stiffness of two different classes is {same} inside a super-class,"
+        f" {other} across (difference {measured(contrast, 'sign_contrast')};"
+        f" {_chance(float(contrast['sign_p_value']))})."
     ]
+
+
+def _chance(p_value: float) -> str:
+    if not np.isfinite(p_value):
+        return "nothing to compare with at random"
+    return f"p = {p_value:.2g} against super-classes put together at random"
 
 
 def _critical_length(length: xr.Dataset) -> list[str]:
-    """Say where the line through within-class stiffness reaches zero, for each seed."""
+    """Say where the line through within-class stiffness reaches zero; mean over seeds."""
     if not np.isfinite(length["cosine_slope"]).any():
         return []
-    texts = [
-        f"{measure} "
-        + ", ".join(length_text(length.sel(seed=seed), measure) for seed in length["seed"].values)
-        for measure in ("sign", "cosine")
-    ]
-    line = f"critical length ξ within a class: {'; '.join(texts)}."
-    if "(" in line:
-        line += " In brackets: outside the observed distances, an extrapolation."
-    if "none" in line:
-        line += " None: stiffness does not fall with distance."
-    return [line]
+    texts = []
+    for measure in ("sign", "cosine"):
+        known = np.isfinite(length[f"{measure}_length"].values)
+        shown = over_seeds(length.isel(seed=known) if known.any() else length)
+        text = length_text(shown, measure)
+        if 0 < known.sum() < known.size:
+            text = f"with {known.sum()} of {known.size} seeds {text}"
+        texts.append(f"{measure} {text}")
+    return [f"critical length ξ within a class: {'; '.join(texts)}."]
 
 
 def length_text(at: xr.Dataset, measure: str) -> str:
-    """Write ξ: in brackets where it is an extrapolation, "none" where stiffness does not fall."""
-    value = float(at[f"{measure}_length"])
-    if not np.isfinite(value):
-        return "none"
-    return number(value) if bool(at[f"{measure}_inside"]) else f"({number(value)})"
+    """Write ξ, its error and its interval; say where it is an extrapolation, or is not known."""
+    name = f"{measure}_length"
+    if not np.isfinite(at[name]):
+        return f"not determined (slope {measured(at, f'{measure}_slope')})"
+    text = measured(at, name)
+    if f"{name}_low" in at and np.isfinite(at[f"{name}_low"]):
+        text += f", two errors reach from {interval_text(at, measure)}"
+    if not bool(at[f"{measure}_inside"]):
+        lowest, highest = (number(float(at[f"{end}_distance"])) for end in ("lowest", "highest"))
+        text += f", an extrapolation: the distances that occur are {lowest} to {highest}"
+    return text
+
+
+def interval_text(at: xr.Dataset, measure: str) -> str:
+    """Write both ends of ξ's interval."""
+    low, high = (number(float(at[f"{measure}_length_{end}"])) for end in ("low", "high"))
+    return f"{low} to {high}"
 
 
 def _undecided(curves: xr.Dataset) -> str:

@@ -15,7 +15,13 @@ import xarray as xr
 
 from distributed_stiffness.analysis import Summary, summary
 from distributed_stiffness.figures.checkpoints import of_seed, seeds_note, with_run_dims
-from distributed_stiffness.report.findings import findings, length_text, number
+from distributed_stiffness.report.findings import (
+    errors_note,
+    findings,
+    interval_text,
+    measured,
+    number,
+)
 
 _CAPTIONS: Mapping[str, tuple[str, str]] = {
     "class_matrices_sign": (
@@ -41,15 +47,16 @@ _CAPTIONS: Mapping[str, tuple[str, str]] = {
     ),
     "stiffness_curves": (
         "Stiffness over training",
-        "Above, the means within and between classes; below, loss and accuracy on the same axis of"
-        " steps. Stiffness that falls towards 0 while the validation loss turns upwards is the"
-        " paper's mark of over-fitting.",
+        "Above, the means within and between classes, each ± one standard error over examples (the"
+        " band); below, loss and accuracy on the same axis of steps. Stiffness that falls towards 0"
+        " while the validation loss turns upwards is the paper's mark of over-fitting.",
     ),
     "distance_profile": (
         "Stiffness against input distance",
         "Mean stiffness of two examples of one class against the cosine distance of their inputs."
-        " A triangle marks the critical length ξ, the zero of a line fitted to all bins; without"
-        " one the line does not fall, or reaches zero outside the distances that occur.",
+        " Bands, and the bars at ξ, are ± one standard error over examples. A triangle marks the"
+        " critical length ξ, the zero of a line fitted to all bins; without one the line does not"
+        " fall by more than two of its errors, or reaches zero outside the distances that occur.",
     ),
 }
 
@@ -90,6 +97,7 @@ def write_report(
         findings=findings(numbers),
         stages=_stages_table(numbers),
         lengths=_lengths_table(numbers),
+        errors=errors_note(with_run_dims(numbers.within_between).sizes["seed"]),
         training=_training_table(numbers),
         figures=[_figure(name, file) for name, file in figures.items()],
         store=store or "STORE",
@@ -152,14 +160,17 @@ def _stages_table(numbers: Summary) -> Table:
         for step in relations["iteration"].values:
             at = relations.sel(learning_rate=rate, iteration=step)
             cells = [
-                number(float(at[measure].sel(relation=relation)), digits)
+                cell
                 for measure, digits in (("sign", 2), ("cosine", 3))
-                for relation in ("within", "between")
+                for cell in (
+                    *(measured(at.sel(relation=r), measure, digits) for r in ("within", "between")),
+                    measured(at, f"{measure}_gap", digits),
+                )
             ]
             rows.append([f"{rate:g}", f"{step:,}", *cells, f"{int(at['pairs'].sum()):,}"])
-    head = ["learning rate", "step", "sign, within", "sign, between"]
+    columns = [f"{m}, {r}" for m in ("sign", "cosine") for r in ("within", "between", "gap")]
     return {
-        "head": [*head, "cosine, within", "cosine, between", "pairs"],
+        "head": ["learning rate", "step", *columns, "pairs"],
         "rows": rows,
         "note": seeds_note(numbers.within_between, None),
     }
@@ -177,13 +188,19 @@ def _lengths_table(numbers: Summary) -> Table | None:
                 at = length.sel(learning_rate=rate, seed=seed, iteration=step)
                 cells = [cell for measure in ("sign", "cosine") for cell in _fit(at, measure)]
                 rows.append([f"{rate:g}", str(seed), f"{step:,}", *cells])
-    head = ["learning rate", "seed", "step", "ξ, sign", "slope, sign", "ξ, cosine", "slope, cosine"]
-    return {"head": head, "rows": rows}
+    columns = [f"{c}, {m}" for m in ("sign", "cosine") for c in ("ξ", "interval", "slope")]
+    return {"head": ["learning rate", "seed", "step", *columns], "rows": rows}
 
 
 def _fit(at: xr.Dataset, measure: str) -> list[str]:
-    slope = float(at[f"{measure}_slope"])
-    return [length_text(at, measure) if np.isfinite(slope) else "–", number(slope)]
+    """Return ξ (with a note where it is an extrapolation), its interval and the slope."""
+    slope = measured(at, f"{measure}_slope")
+    if not np.isfinite(at[f"{measure}_length"]):
+        known = np.isfinite(at[f"{measure}_slope"])
+        return ["not determined" if known else "–", "–", slope]
+    length = measured(at, f"{measure}_length")
+    outside = "" if bool(at[f"{measure}_inside"]) else " (extrapolated)"
+    return [length + outside, interval_text(at, measure), slope]
 
 
 def _training_table(numbers: Summary) -> Table:

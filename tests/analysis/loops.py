@@ -45,7 +45,8 @@ def pairs(one: xr.Dataset) -> Iterator[tuple[int, int, float, bool]]:
         for j, column in enumerate(names_j):
             value = float(matrix[i, j])
             if row != column and not math.isnan(value):
-                yield i, j, value, norm[row] == 0 or norm[column] == 0
+                # The norm of a column that is no row is not known.
+                yield i, j, value, norm[row] == 0 or norm.get(column) == 0
 
 
 def means(one: xr.Dataset, key: Callable[[int, int], object]) -> dict[object, Mean]:

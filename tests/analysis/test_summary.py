@@ -24,17 +24,18 @@ class TestSummary:
         """A summary holds what each function returns."""
         ds = xr.open_zarr(store)
         summary = analysis.summary(ds, bins=8)
-        profile = analysis.distance_profile(ds, 8).compute()
 
         assert summary.superclass_matrix is not None
         assert summary.distance_profile is not None
         assert summary.critical_length is not None
+        assert summary.superclass_contrast is not None
         for got, expected in (
             (summary.class_matrix, analysis.class_matrix(ds)),
             (summary.superclass_matrix, analysis.superclass_matrix(ds)),
             (summary.within_between, analysis.within_between(ds)),
-            (summary.distance_profile, profile),
-            (summary.critical_length, analysis.critical_length(profile)),
+            (summary.superclass_contrast, analysis.superclass_contrast(ds)),
+            (summary.distance_profile, analysis.distance_profile(ds, 8)),
+            (summary.critical_length, analysis.critical_length(ds, 8)),
             (summary.curves, analysis.checkpoint_curves(ds)),
         ):
             xr.testing.assert_allclose(got, expected.compute())
@@ -57,6 +58,22 @@ class TestSummary:
         # 24 validation examples of 40, in tiles of 12: three tiles a side, two rates, two stages.
         assert len(cosines) == 3 * 3 * 2 * 2
         assert set(cosines.values()) == {1}
+
+    def test_each_chunk_once_of_two_splits(self, store: Path, monkeypatch: pytest.MonkeyPatch):
+        """Errors of columns that are no rows cost no second reading."""
+        reads: Counter[str] = Counter()
+        get = zarr.storage.LocalStore.get
+
+        async def counted(self, key, *args, **kwargs):
+            reads[key] += 1
+            return await get(self, key, *args, **kwargs)
+
+        ds = xr.open_zarr(store)
+        monkeypatch.setattr(zarr.storage.LocalStore, "get", counted)
+        analysis.summary(ds, splits=("train", "validation"))
+
+        cosines = {n for key, n in reads.items() if key.startswith("cosine/c/")}
+        assert cosines == {1}
 
     def test_without_extras(self):
         """Without super-classes and distances the rest is there."""
@@ -120,7 +137,9 @@ class TestAccessor:
             got, expected = getattr(ds.stiffness, name)(), getattr(analysis, name)(ds)
             # Lazy arrays of one name are computed by one graph.
             assert got["pairs"].data.name == expected["pairs"].data.name
-        length = analysis.critical_length(analysis.distance_profile(ds))
+        contrast, expected = ds.stiffness.superclass_contrast(), analysis.superclass_contrast(ds)
+        assert contrast["sign_error"].data.name == expected["sign_error"].data.name
+        length = analysis.critical_length(ds)
         got = ds.stiffness.critical_length()
         assert got["sign_length"].data.name == length["sign_length"].data.name
         assert ds.stiffness.curves()["undecided_share"].notnull().all()

@@ -45,6 +45,29 @@ class TestStiffnessCurves:
             for relation in ("within", "between"):
                 assert drawn(sign, means.sel(learning_rate=rate, relation=relation).values)
 
+    def test_bands(self, study: xr.Dataset):
+        """Each mean has a band of one standard error over examples to both sides."""
+        figure = draw(study)
+        result = within_between(study).mean("seed").compute()
+        at = result.isel(learning_rate=0).sel(relation="within")
+
+        for ax, measure in zip(figure.axes, ("sign", "cosine"), strict=False):
+            mean, error = at[measure].values, at[f"{measure}_error"].values
+            ends = [np.minimum(mean + error, 1), np.maximum(mean - error, -1)]
+            first = ax.collections[0].get_paths()[0].vertices[:, 1]
+            assert len(ax.collections) == 4  # two rates, within and between
+            for value in np.concatenate(ends):
+                assert np.isclose(first, value).any()
+        assert "± one standard error over examples" in figure.axes[0].texts[-1].get_text()
+
+    def test_without_errors(self, study: xr.Dataset):
+        """Results without errors are drawn without bands."""
+        bare = within_between(study).compute()
+        bare = bare.drop_vars([name for name in bare if str(name).endswith("_error")])
+        figure = stiffness_curves(bare, checkpoint_curves(study).compute())
+
+        assert not figure.axes[0].collections
+
     def test_training(self, study: xr.Dataset):
         """Loss and accuracy of both splits stand below, on the same steps."""
         *_, loss, accuracy = draw(study).axes

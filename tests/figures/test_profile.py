@@ -7,7 +7,7 @@ import pytest
 import xarray as xr
 from analysis.synthetic import Synthetic
 
-from distributed_stiffness.analysis import distance_profile
+from distributed_stiffness.analysis import critical_length, distance_profile
 from distributed_stiffness.errors import DataError
 from distributed_stiffness.figures import profiles
 
@@ -74,6 +74,31 @@ class TestProfiles:
         curve = next(line for line in profiles(thin).axes[0].lines if len(line.get_xdata()) == 3)
 
         np.testing.assert_array_equal(np.isnan(curve.get_ydata()), [False, False, True])
+
+    def test_bands(self):
+        """Bins have bands of one standard error; a bin that hangs on one example is not drawn."""
+        known = profile([0.6, 0.2, -0.2])
+        known["sign_error"] = known["sign"] * 0 + 0.1
+        known["sign_error"].values[..., 2] = np.nan
+        ax = profiles(known).axes[0]
+        curve = next(line for line in ax.lines if len(line.get_xdata()) == 3)
+
+        ends = ax.collections[0].get_paths()[0].vertices[:, 1]
+        np.testing.assert_allclose([ends.min(), ends.max()], [0.1, 0.7])
+        np.testing.assert_array_equal(np.isnan(curve.get_ydata()), [False, False, True])
+
+    @pytest.mark.parametrize(("error", "text"), [(0.03, "0.20 ± 0.03"), (0.002, "0.200 ± 0.002")])
+    def test_error_of_the_length(self, error: float, text: str):
+        """A length of the store comes with its error, in the legend and as a bar at the mark."""
+        known = profile([0.6, 0.2, -0.2])
+        length = critical_length(known)
+        length["sign_length_error"] = length["sign_length"] * 0 + error
+        ax = profiles(known, length=length).axes[0]
+
+        assert legend(ax) == [f"step 400, ξ = {text}"]
+        bars = [line for line in ax.lines if list(line.get_ydata()) == [0, 0]]
+        ends = [list(line.get_xdata()) for line in bars]
+        assert any(np.allclose(end, [0.2 - error, 0.2 + error]) for end in ends)
 
     def test_rows(self):
         """A row for each learning rate, sign left and cosine right; a store can be given."""
