@@ -142,7 +142,7 @@ class Scheduler:
         """Hand tasks to replicas that have room, the idlest first; `now` in seconds."""
         self._now = now
         for replica in self._starting:
-            replica.running_since = now
+            replica.running_since = now if replica.tasks else None
         self._starting.clear()
         assignments = [
             self._give(name, task)

@@ -420,6 +420,20 @@ class TestStragglers:
 
         assert scheduler.assign(SLOW_SECONDS - 1) == []
 
+    def test_two_results_at_once(self):
+        """A replica that ends both of its tasks between two looks has nothing that could be slow."""
+        scheduler = Scheduler()
+        scheduler.replica_ready("a")
+        tasks_ = matrix(0, chunks=2, panel_chunks=1)[:2]
+        scheduler.add(tasks_)
+        scheduler.assign(0.0)
+        for task in tasks_:
+            scheduler.task_done("a", task, 1.0)
+
+        assert scheduler.assign(1.0) == []
+        assert scheduler.assign(100.0) == []
+        assert scheduler.idle
+
     def test_a_copy_that_fails_leaves_the_other(self, scheduler):
         """A task waits again only when nobody is at it."""
         fast, slow = self.one_each(scheduler)
