@@ -421,7 +421,7 @@ class TestStragglers:
         assert scheduler.assign(SLOW_SECONDS - 1) == []
 
     def test_two_results_at_once(self):
-        """A replica that ends both of its tasks between two looks has nothing that could be slow."""
+        """A replica that ends both of its tasks between two looks has nothing that is slow."""
         scheduler = Scheduler()
         scheduler.replica_ready("a")
         tasks_ = matrix(0, chunks=2, panel_chunks=1)[:2]
