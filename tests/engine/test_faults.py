@@ -267,7 +267,8 @@ class TestDisk:
 
 
 class TestStoreErrors:
-    @pytest.mark.parametrize("engine", ["serial", pytest.param("ray", marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("engine", ["serial", "ray"])
     def test_a_store_that_fails_in_passing(
         self, finished: Path, bucket: str, tmp_path: Path, engine: str
     ) -> None:
@@ -451,7 +452,8 @@ def poisoned_study(log: Path, **options: object) -> Study:
 
 
 class TestInterruptions:
-    @pytest.mark.parametrize("engine", ["serial", pytest.param("ray", marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("engine", ["serial", "ray"])
     @pytest.mark.timeout(3000)
     def test_random_moments(self, undisturbed: Path, tmp_path: Path, engine: str) -> None:
         """
