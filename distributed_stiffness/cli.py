@@ -660,9 +660,11 @@ def _interrupted_by_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        atexit.register(_ignore_signals)  # nothing is left that could be interrupted
+        # Nothing is left that could be interrupted, but threads that Python waits for before it
+        # gets to what is registered for the exit.
+        signal.signal(signal.SIGTERM, lambda _number, _frame: None)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        atexit.register(_ignore_signals)
 
 
 def _ignore_signals() -> None:
