@@ -461,8 +461,7 @@ class TestInterruptions:
                 "ray",
                 marks=pytest.mark.skipif(
                     "STIFFNESS_INTERRUPTIONS" not in os.environ,
-                    reason="a soak: set STIFFNESS_INTERRUPTIONS to a number; processes of a Ray that"
-                    " was interrupted while it started may outlive the run for some seconds",
+                    reason="a soak: set STIFFNESS_INTERRUPTIONS to a number of signals",
                 ),
             ),
         ],
