@@ -241,8 +241,7 @@ def gram(
     )
     _say(found.lines())
     if plan_only:
-        with _interruptible():
-            show_plan(found.study, chosen, replicas=max_replicas or 1)
+        show_plan(found.study, chosen, replicas=max_replicas or 1)
     else:
         compute_and_present(found.study, chosen, folder=figures, bring=found.bring)
 
@@ -343,8 +342,7 @@ def plan(
     Example: stiffness plan study.json --replicas 8 --memory 4GB
     """
     chosen = _checked_run(store=store, data_directory=data_dir, memory=_bytes(memory))
-    with _interruptible():
-        show_plan(read_study(study), chosen, replicas=replicas, as_json=as_json)
+    show_plan(read_study(study), chosen, replicas=replicas, as_json=as_json)
 
 
 @app.command()
@@ -385,7 +383,10 @@ def explain(
     if not shape or min(shape) < 1:
         raise StudyError(f"--input-shape is {input_shape!r}: expected sizes of 1 or more")
     network = build(
-        model, input_shape=shape, n_classes=classes, options=_model_options(model_option or [])
+        model,
+        input_shape=shape,
+        n_classes=classes,
+        options=_options("--model-option", model_option or []),
     )
     inputs = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
     check_outputs(network, inputs, classes, model)
@@ -535,7 +536,7 @@ def job(study: Study, *, store: str, description: str | None) -> None:
                     "model": {
                         "name": model,
                         "options": (study.model.options if model == study.model.name else {})
-                        | _model_options(model_option or []),
+                        | _options("--model-option", model_option or []),
                     },
                     "training": {
                         **training.model_dump(),
@@ -570,8 +571,7 @@ def job(study: Study, *, store: str, description: str | None) -> None:
             rows=_rows(rows),
         )
         if plan_only:
-            with _interruptible():
-                show_plan(chosen, how, replicas=max_replicas or 1)
+            show_plan(chosen, how, replicas=max_replicas or 1)
         else:
             compute_and_present(chosen, how, folder=figures)
 
@@ -603,7 +603,7 @@ def show_plan(study: Study, chosen: Any, *, replicas: int, as_json: bool = False
     from distributed_stiffness.engine.prepare import prepare
     from distributed_stiffness.gradients.budget import free_memory
 
-    with Progress(quiet=as_json) as progress:
+    with _interruptible(), Progress(quiet=as_json) as progress:
         prepared = prepare(study, chosen, progress)
         made = prepared.plan(chosen.memory or free_memory() // replicas, "cpu")
         found = predict(made, replicas=replicas, speed=prepared.speed(made))
@@ -745,10 +745,6 @@ def _rows(text: str | None) -> tuple[int, int] | None:
     if not (colon and first.isdigit() and last.isdigit()):
         raise StudyError(f"--rows is {text!r}: expected FIRST:LAST, such as 0:5000")
     return int(first), int(last)
-
-
-def _model_options(pairs: list[str]) -> dict[str, Any]:
-    return _options("--model-option", pairs)
 
 
 def _options(option: str, pairs: list[str]) -> dict[str, Any]:

@@ -201,19 +201,19 @@ class Store:
 
     def contents(self) -> Contents:
         """List what is there."""
-        norms = self._chunks("correct")  # the last of an example chunk's numbers to be written
+        norms = self.listing("correct")  # the last of an example chunk's numbers to be written
         n_chunks = math.ceil(self._arrays["distance"].shape[0] / self._arrays["distance"].chunks[0])
         tiles: defaultdict[Checkpoint, TileSet] = defaultdict(lambda: TileSet(n_chunks))
-        for *lead, i, j in self._chunks("cosine"):
+        for *lead, i, j in self.listing("cosine"):
             if i != j or (*lead, i) in norms:
                 tiles[Checkpoint(*lead)].add((i, j))
         distance = TileSet(n_chunks)
-        for i, j in self._chunks("distance"):
+        for i, j in self.listing("distance"):
             distance.add((i, j))
         return Contents(
             tiles=dict(tiles),
             distance=distance,
-            checked={Checkpoint(*lead) for lead in self._chunks("undecided")},
+            checked={Checkpoint(*lead) for lead in self.listing("undecided")},
         )
 
     def has(self, name: str, checkpoint: Checkpoint | None, tiles: Iterable[Tile]) -> bool:
@@ -228,11 +228,14 @@ class Store:
         with _explained(self.url, "read"):
             return all(self._persistently(functools.partial(filesystem.exists, p)) for p in paths)
 
-    def _chunks(self, name: str) -> set[tuple[int, ...]]:
+    def listing(self, name: str) -> set[tuple[int, ...]]:
+        """List the chunks of a variable or coordinate that are there."""
         filesystem, root = fsspec.core.url_to_fs(self.url)
         filesystem.invalidate_cache()
         prefix = f"{root}/{name}/c/"
-        keys = (key.removeprefix(prefix) for key in filesystem.find(prefix))
+        with _explained(self.url, "read"):
+            found = self._persistently(lambda: filesystem.find(prefix))
+        keys = (key.removeprefix(prefix) for key in found)
         return {tuple(map(int, k.split("/"))) for k in keys if k.replace("/", "").isdigit()}
 
     # Writing
@@ -305,21 +308,25 @@ class Store:
     def _damaged(self, name: str, checkpoint: Checkpoint | None) -> Iterator[str]:
         """Name the chunks of a matrix that cannot be read."""
         lead = _lead(checkpoint)
-        for chunk in sorted(c for c in self._chunks(name) if c[: len(lead)] == lead):
+        for chunk in sorted(c for c in self.listing(name) if c[: len(lead)] == lead):
             try:
                 self._arrays[name].blocks[chunk]
             except ValueError:
                 yield f"{name}/c/{'/'.join(map(str, chunk))}"
 
     def set_attrs(self, **attrs: Any) -> None:
-        """Change attributes in one write; only the driver may.
+        """Change attributes in one write; only the driver may."""
+        self._edit_attrs(lambda attributes: attributes.update(attrs))
+
+    def _edit_attrs(self, edit: Callable[[dict[str, Any]], None]) -> None:
+        """Change attributes in one write.
 
         The consolidated copy of the arrays' metadata lies in the same file and stays as it is:
         zarr's own way to change attributes would drop it.
         """
         with _explained(self.url):
             metadata = _read_metadata(self.url)
-            metadata["attributes"] |= attrs
+            edit(metadata["attributes"])
             filesystem, root = fsspec.core.url_to_fs(self.url)
             write_whole(filesystem, f"{root}/zarr.json", json.dumps(metadata, indent=2).encode())
 
@@ -335,11 +342,6 @@ class Store:
         if "://" in self.url:
             return []
         return sorted(map(str, Path(self.url).rglob(".*.partial")))
-
-    def listing(self, name: str) -> set[tuple[int, ...]]:
-        """List the chunks of a variable or coordinate that are there."""
-        with _explained(self.url, "read"):
-            return self._persistently(lambda: self._chunks(name))
 
     def chunk(self, name: str, place: tuple[int, ...]) -> np.ndarray:
         """Read one whole chunk, in all dims; where it is damaged, its codecs raise what they do."""
@@ -362,13 +364,13 @@ class Store:
 
     def reopen(self) -> None:
         """Take back that the store is complete, and note that it is being mended."""
-        with _explained(self.url):
-            metadata = _read_metadata(self.url)
-            if metadata["attributes"].pop("finished", None) is not None:
-                metadata["attributes"]["mending"] = True
-                filesystem, root = fsspec.core.url_to_fs(self.url)
-                content = json.dumps(metadata, indent=2).encode()
-                write_whole(filesystem, f"{root}/zarr.json", content)
+
+        def edit(attributes: dict[str, Any]) -> None:
+            del attributes["finished"]
+            attributes["mending"] = True
+
+        if "finished" in self.attrs:
+            self._edit_attrs(edit)
 
 
 def create_or_continue(url: str | Path, study: Study, data: StudyData, plan: Plan) -> Store:

@@ -353,14 +353,14 @@ class Job:
                 for phase in phases
             },
             "replicas": {
-                name: [self._in_words(task) for task in tasks]
+                name: [self._described(task) for task in tasks]
                 for name, tasks in self.scheduler.replicas().items()
             },
             "failures": len(self.failures) + len(self.scheduler.set_aside),
         }
         self.lease.status = status
 
-    def _in_words(self, task: Task) -> str:
+    def _described(self, task: Task) -> str:
         what = {"pairs": "tiles", "distance": "tiles", "check": "error bound"}[task.kind]
         where = f" rows {list(task.rows)} column {task.column}" if task.rows else ""
         return f"{self._name(task)}: {what}{where}"

@@ -448,7 +448,7 @@ def _session(run: Run, data: StudyData, progress: Progress) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stop_on_sigterm() -> Iterator[None]:
-    """End as Ctrl-C does. Set after ray.init, which puts a handler of its own there."""
+    """End as Ctrl-C does; Ray, where the caller started it, has put a handler of its own there."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from distributed_stiffness.checkpoints import TrainingRun
 from distributed_stiffness.engine.lease import is_alive, read_lease
 from distributed_stiffness.plan import Plan
 from distributed_stiffness.store import Store, training_run
@@ -35,7 +36,7 @@ class CheckpointStatus:
         return self.checked and self.tiles == self.of
 
     def __str__(self) -> str:
-        name = f"learning rate {self.learning_rate:g}, seed {self.seed}, iteration {self.iteration}"
+        name = f"{TrainingRun(self.learning_rate, self.seed)}, iteration {self.iteration}"
         if self.complete:
             return f"{name}: complete"
         rest = "" if self.tiles < self.of else ", error bound missing"
