@@ -48,6 +48,7 @@ from distributed_stiffness.study import NOT_GIVEN, Study, Training, differences,
 from distributed_stiffness.tiling import Checkpoint, Tile, TileSet, Tiling
 
 SCHEMA_VERSION = 1
+WHOLE_MATRIX_CHECK = "whole_matrix_check"  # attribute of the group
 _T = TypeVar("_T")
 _RUN = ("learning_rate", "seed", "iteration")
 

@@ -6,6 +6,7 @@ their checkpoints appear, and keeps the books: progress, failures, what to say a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 import traceback
@@ -19,10 +20,11 @@ from distributed_stiffness.engine.lease import Lease
 from distributed_stiffness.engine.prediction import Prediction, Speed, predict
 from distributed_stiffness.engine.replica import Receipt
 from distributed_stiffness.engine.scheduler import Assignment, Scheduler
+from distributed_stiffness.engine.whole_matrix import ClassMeans, is_checked_whole
 from distributed_stiffness.errors import GradientError, StiffnessError, StoreError
 from distributed_stiffness.plan import Plan, in_words
 from distributed_stiffness.progress import Progress
-from distributed_stiffness.store import Store, now, training_run
+from distributed_stiffness.store import WHOLE_MATRIX_CHECK, Store, now, training_run
 from distributed_stiffness.study import Study, training_identity
 from distributed_stiffness.tiling import Checkpoint, Task, all_checkpoints, tasks
 from distributed_stiffness.training import TrainingEvent
@@ -94,7 +96,7 @@ class Job:
     failures: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._contents = self.store.contents()
+        self._look()
         self._left: Counter[Checkpoint] = Counter()  # tiles to do before the check
         identity = training_identity(self.study, content=self.data.training_hash)
         self.folder = Checkpoints(self.checkpoints, identity=identity)
@@ -119,7 +121,7 @@ class Job:
             "checks",
             self.plan.n_checkpoints,
             "checkpoints",
-            done=len(self._contents.checked),
+            done=len(self._checked),
         )
         self.scheduler.add(self._tasks("distance", None))
         self._take_up_checkpoints()
@@ -194,6 +196,8 @@ class Job:
         task = receipt.task
         if not self.scheduler.task_done(replica, task, receipt.seconds):
             return
+        if receipt.class_means is not None and task.checkpoint is not None:
+            self._say_checked_whole(task.checkpoint, receipt.class_means)
         if task.kind == "check":
             self._checks.advance()
         else:
@@ -241,7 +245,7 @@ class Job:
         self.failures += sorted(
             {f"{self._name(task)}: {error}" for task, error in self.scheduler.set_aside.items()}
         )
-        self._contents = self.store.contents()  # the store is the only truth
+        self._look()
         if not self.failures:
             self.failures = [
                 f"{self._name(Task('check', checkpoint))}: not all in the store, for no known"
@@ -282,6 +286,30 @@ class Job:
                 self._taken_up.add(checkpoint)
                 self._checkpoint_ready(checkpoint)
 
+    def _look(self) -> None:
+        """See what is there: the store is the only truth.
+
+        A driver may die between the last number of a check and its own attribute: without that, the
+        checkpoint that is checked as a whole counts as not checked.
+        """
+        self._contents = self.store.contents()
+        whole = WHOLE_MATRIX_CHECK in self.store.attrs
+        self._checked = {
+            checkpoint
+            for checkpoint in self._contents.checked
+            if whole or not is_checked_whole(self.study, checkpoint)
+        }
+
+    def _say_checked_whole(self, checkpoint: Checkpoint, means: ClassMeans) -> None:
+        run, iteration = training_run(self.study, checkpoint)
+        place = {"learning_rate": run.learning_rate, "seed": run.seed, "iteration": iteration}
+        self.store.set_attrs(**{WHOLE_MATRIX_CHECK: place | dataclasses.asdict(means)})
+        self.progress.say(
+            f"whole-matrix check of {run}, iteration {iteration}: the mean cosines of"
+            f" {means.classes} classes are within {means.largest_difference:.1g} of those from"
+            " sums of gradients"
+        )
+
     def _checkpoint_ready(self, checkpoint: Checkpoint) -> None:
         """Take up a checkpoint: its weights' hash and metrics go to the store, its tasks wait."""
         run, iteration = training_run(self.study, checkpoint)
@@ -303,7 +331,7 @@ class Job:
 
     def _add_check_if_due(self, checkpoint: Checkpoint) -> None:
         whole = self.rows is None  # else there is nothing to draw a sample from
-        if whole and self._left[checkpoint] == 0 and checkpoint not in self._contents.checked:
+        if whole and self._left[checkpoint] == 0 and checkpoint not in self._checked:
             self.scheduler.add([Task("check", checkpoint)])
 
     def _tasks(self, kind: str, checkpoint: Checkpoint | None) -> list[Task]:
@@ -325,7 +353,7 @@ class Job:
         if self.rows is not None:
             return not self._tasks("pairs", checkpoint)
         there = self._contents.tiles.get(checkpoint, ())
-        return len(there) == self.plan.tiling.n_chunks**2 and checkpoint in self._contents.checked
+        return len(there) == self.plan.tiling.n_chunks**2 and checkpoint in self._checked
 
     def _all_checkpoints(self) -> list[Checkpoint]:
         return all_checkpoints(*self.study.shape)

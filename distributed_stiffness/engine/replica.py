@@ -5,11 +5,12 @@ A plain class; Ray makes an actor of it (ray.py), the serial runner calls it (se
 
 from __future__ import annotations
 
+import math
 import resource
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,11 +21,18 @@ from distributed_stiffness.checkpoints import Checkpoints
 from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.engine.prediction import Speed
 from distributed_stiffness.engine.speed import measure
+from distributed_stiffness.engine.whole_matrix import (
+    ClassMeans,
+    ClassSums,
+    classes_to_check,
+    is_checked_whole,
+)
 from distributed_stiffness.errors import GradientError
 from distributed_stiffness.factories import import_loss
 from distributed_stiffness.gradients.batches import Nest, from_numpy, map_tensors
 from distributed_stiffness.gradients.error_bound import HALF, error_bound, sample_examples
 from distributed_stiffness.gradients.gram import Rows, collect, cosine, folded_product
+from distributed_stiffness.gradients.matrices import class_cosine_matrix
 from distributed_stiffness.gradients.per_example import PerExampleGradients
 from distributed_stiffness.plan import BLOCK_SHARE, ROWS_SHARE, Plan
 from distributed_stiffness.store import Store, training_run
@@ -36,6 +44,7 @@ MakeRows = Callable[[slice, list[Rows] | None], list[Rows]]
 Product = Callable[[Rows, Rows], Tensor]
 
 _ARRAYS = {"pairs": "cosine", "distance": "distance"}
+_Key = tuple[str, Checkpoint | None, int]  # kind of task, checkpoint, first example
 _MODELS = 2  # networks kept loaded: of the task that computes, and of the next
 _OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "Cannot allocate memory")
 
@@ -54,6 +63,7 @@ class Receipt:
     peak_memory: int  # bytes, of the process, so far
     memory: int  # bytes of the budget: less than the plan's after running out of memory
     retries: int  # of requests to the store
+    class_means: ClassMeans | None = None  # of the checkpoint that is checked as a whole
 
     def operations(self, plan: Plan) -> float:
         """Return the floating-point operations of gradients, two for a multiply-add."""
@@ -72,6 +82,7 @@ class _Work:
     gradients: int = 0
     pairs: int = 0
     bytes_written: int = 0
+    class_means: ClassMeans | None = None
 
 
 class Replica:
@@ -131,6 +142,7 @@ class Replica:
             peak_memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
             memory=self.plan.memory,
             retries=self.store.retries - retries,
+            class_means=work.class_means,
         )
 
     def measure(self) -> Speed | None:
@@ -228,16 +240,53 @@ class Replica:
                 int(BLOCK_SHARE * self.plan.memory), max(2**28, HALF * 8 * gradients.n_parameters)
             ),
         )
-        undecided = 0
+        undecided, sums = 0, self._class_sums(checkpoint, gradients.n_parameters)
         for i, j in tiling.upper():
             tile = self.store.read("cosine", checkpoint, tiling.examples(i), tiling.examples(j))
             below = (np.abs(tile) < bound) & (tile != 0)  # exactly 0: a gradient is zero
             undecided += int(np.triu(below, 1).sum() if i == j else below.sum())
+            if sums is not None:
+                sums.add(tiling.examples(i), tiling.examples(j), tile)
+        if sums is not None:
+            self._work.class_means = self._compared(sums, checkpoint, bound)
         if self.study.training.imported:
             self.store.write_values(checkpoint, **self._curves(checkpoint))
         # `undecided` last: the store counts a checkpoint as checked when it is there.
         self.store.write_values(checkpoint, error_bound=bound)
         self.store.write_values(checkpoint, undecided=undecided)
+
+    def _class_sums(self, checkpoint: Checkpoint, n_parameters: int) -> ClassSums | None:
+        """Return room for sums by class, if this checkpoint is checked as a whole."""
+        if not is_checked_whole(self.study, checkpoint):
+            return None
+        labels = np.array(self.data.examples.labels)
+        classes = classes_to_check(
+            labels,
+            n_parameters=n_parameters,
+            n_checkpoints=self.plan.n_checkpoints,
+            memory=int(BLOCK_SHARE * self.plan.memory),
+        )
+        return ClassSums(labels, classes)
+
+    def _compared(self, sums: ClassSums, checkpoint: Checkpoint, bound: float) -> ClassMeans:
+        """Compare means over all pairs of a checkpoint's classes with those that need no pairs.
+
+        Raises:
+            GradientError: they differ by more than the error bound explains.
+        """
+        gradients = self._gradients_of(checkpoint)
+        examples = np.flatnonzero(np.isin(sums.labels, sums.classes))
+        parts = np.array_split(examples, math.ceil(len(examples) / self.plan.batch))
+        expected = class_cosine_matrix(
+            gradients.model,
+            self.loss,
+            (self._examples(part) for part in parts),
+            torch.from_numpy(np.searchsorted(sums.classes, sums.labels[examples])),
+            parameters=list(gradients.parameters),
+            memory=int(BLOCK_SHARE * self.plan.memory),
+        )
+        (norm,) = self.store.numbers(checkpoint, "gradient_norm")
+        return sums.compare(expected.values, is_zero=norm == 0, bound=bound)
 
     def _curves(self, checkpoint: Checkpoint) -> dict[str, float]:
         """Return mean loss and accuracy of the examples, by split: no training measured them."""
@@ -286,7 +335,8 @@ class Replica:
         """Return the rows of a strip, from memory if they are held."""
         return self._held.get(
             (task.kind, task.checkpoint, strip.start),
-            lambda: collect(make, strip, self.plan.batch)[0],
+            lambda room: collect(make, strip, self.plan.batch, None if room is None else [room])[0],
+            length=strip.stop - strip.start,
         )
 
     def _blocks(self, task: Task, strip: slice, make: MakeRows) -> Iterator[tuple[slice, Rows]]:
@@ -396,18 +446,28 @@ class _HeldRows:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._rows: OrderedDict[Hashable, Rows] = OrderedDict()
+        self._rows: OrderedDict[_Key, Rows] = OrderedDict()
 
-    def __contains__(self, key: Hashable) -> bool:
+    def __contains__(self, key: _Key) -> bool:
         return key in self._rows
 
-    def get(self, key: Hashable, make: Callable[[], Rows]) -> Rows:
+    def get(self, key: _Key, make: Callable[[Rows | None], Rows], *, length: int) -> Rows:
+        """Return rows that are held, or make them.
+
+        `make` is given the room of rows which had to go, where they were as many of the same kind
+        (new memory costs a page fault every 4 KiB), but never that of the same checkpoint: a task
+        may still be at work on them.
+        """
         if key not in self._rows:
             # Room for one more of the last size is made first, so that the peak keeps the budget.
             size = next(reversed(self._rows.values())).nbytes() if self._rows else 0
+            room = None
             while self._rows and self._total() + size > self._capacity:
-                self._rows.popitem(last=False)
-            self._rows[key] = make()
+                (kind, checkpoint, _), rows = self._rows.popitem(last=False)
+                other = kind == key[0] and checkpoint != key[1]
+                room = rows if other and len(rows) == length else None
+                del rows
+            self._rows[key] = make(room)
         self._rows.move_to_end(key)
         return self._rows[key]
 

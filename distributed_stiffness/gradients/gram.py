@@ -248,7 +248,10 @@ def _dense(
 
 
 def collect(
-    make: Callable[[slice, list[Rows] | None], list[Rows]], rows: slice, size: int
+    make: Callable[[slice, list[Rows] | None], list[Rows]],
+    rows: slice,
+    size: int,
+    into: list[Rows] | None = None,
 ) -> list[Rows]:
     """Make rows batch by batch, each where it belongs in the whole.
 
@@ -256,12 +259,13 @@ def collect(
         make: makes the rows of some examples, one block for each recipe, into given room if any.
         rows: the examples.
         size: examples of a batch.
+        into: room for all of them; new room where not given.
     """
     first, *others = pieces(rows, size)
-    made = make(first, None)
+    made = make(first, into and [room[: first.stop - first.start] for room in into])
     if not others:
-        return made
-    whole = [block.empty(rows.stop - rows.start) for block in made]
+        return into or made
+    whole = into or [block.empty(rows.stop - rows.start) for block in made]
     for room, block in zip(whole, made, strict=True):
         room[: len(block)].copy_(block)
     for batch in others:

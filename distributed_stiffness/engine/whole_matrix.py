@@ -1,0 +1,120 @@
+"""The whole-matrix check: every stored pair at once against sums that need no pair.
+
+With unit gradients u and their sums U_a by class, the mean cosine of classes a and b is
+U_a·U_b/(n_a n_b), self-pairs left out where a = b (gradients/matrices.py, O(N·P)). The same means
+follow from the tiles. A tile of other examples, a block that was left out or one that was put in
+the wrong place moves them, wherever it is; a sample of pairs may miss it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from distributed_stiffness.errors import GradientError
+from distributed_stiffness.study import Study
+from distributed_stiffness.tiling import Checkpoint, all_checkpoints
+
+# Of numbers that lie in float32: a mean may be as exact as it likes.
+ROUNDING = 1e-6
+SHARE = 4
+FEW_EXAMPLES = 1000
+
+
+def is_checked_whole(study: Study, checkpoint: Checkpoint) -> bool:
+    """Whether this is the checkpoint of the study that is checked as a whole.
+
+    The last iteration of the last rate and seed: it lies deepest in over-fitting, where numbers
+    are hardest.
+    """
+    return checkpoint == list(all_checkpoints(*study.shape))[-1]
+
+
+def classes_to_check(
+    labels: np.ndarray, *, n_parameters: int, n_checkpoints: int, memory: int
+) -> np.ndarray:
+    """Return the classes that are checked, ascending; one at least.
+
+    Their sums fit into half the memory, and their examples, whose gradients are made again in
+    float64, are at most a quarter of those of the whole study, or a few.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    examples = max(FEW_EXAMPLES, n_checkpoints * len(labels) // SHARE)
+    fit = min(memory // (16 * n_parameters), int((counts.cumsum() <= examples).sum()))
+    return classes[: max(1, fit)]
+
+
+@dataclass(frozen=True)
+class ClassMeans:
+    """A check that held."""
+
+    classes: int
+    examples: int  # of these classes
+    largest_difference: float  # of two means
+
+
+@dataclass
+class ClassSums:
+    """Sums of stored cosines by pair of classes.
+
+    Args:
+        labels: of all examples, (N,).
+        classes: those which count, ascending.
+    """
+
+    labels: np.ndarray
+    classes: np.ndarray
+    totals: np.ndarray = field(init=False)  # (C, C) float64, self-pairs among them
+    self_pairs: np.ndarray = field(init=False)  # (C,)
+
+    def __post_init__(self) -> None:
+        self._member_NC = (self.labels[:, None] == self.classes).astype(np.float64)
+        self.totals = np.zeros((len(self.classes),) * 2)
+        self.self_pairs = np.zeros(len(self.classes))
+
+    def add(self, rows: slice, columns: slice, tile: np.ndarray) -> None:
+        """Count the tile (I, J) of a symmetric matrix, and (J, I) with it."""
+        part = self._member_NC[rows].T @ tile @ self._member_NC[columns]
+        if rows == columns:
+            self.totals += part
+            self.self_pairs += np.diagonal(tile) @ self._member_NC[rows]
+        else:
+            self.totals += part + part.T
+
+    def means(self, is_zero: np.ndarray) -> np.ndarray:
+        """Return the mean cosine of each pair of classes, (C, C); NaN where there is no pair.
+
+        Args:
+            is_zero: examples without a gradient, which are left out, (N,).
+        """
+        n = (~is_zero) @ self._member_NC
+        totals, pairs = self.totals.copy(), np.outer(n, n)
+        totals[np.diag_indices_from(totals)] -= self.self_pairs
+        pairs[np.diag_indices_from(pairs)] -= n
+        means = np.full_like(totals, np.nan)
+        np.divide(totals, pairs, out=means, where=pairs > 0)
+        return means
+
+    def compare(self, expected: np.ndarray, *, is_zero: np.ndarray, bound: float) -> ClassMeans:
+        """Compare with means that need no pairs.
+
+        Args:
+            expected: mean cosine of each pair of classes, (C, C).
+            is_zero: examples without a gradient, (N,).
+            bound: on the error of one cosine.
+
+        Raises:
+            GradientError: they differ by more than twice the bound.
+        """
+        difference = np.abs(self.means(is_zero) - expected)
+        largest = float(np.nanmax(difference, initial=0.0))
+        if largest > 2 * bound + ROUNDING:
+            a, b = np.unravel_index(np.nanargmax(difference), difference.shape)
+            raise GradientError(
+                f"the whole-matrix check failed: the mean cosine of classes {self.classes[a]} and"
+                f" {self.classes[b]} over all stored pairs is {largest:.2g} away from what sums of"
+                f" their gradients give, and the error bound is {bound:.2g}. Run `stiffness verify"
+                " --repair` to find and mend what is wrong"
+            )
+        return ClassMeans(len(self.classes), int((self._member_NC.sum(1) > 0).sum()), largest)
