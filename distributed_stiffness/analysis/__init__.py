@@ -17,6 +17,7 @@ from distributed_stiffness.analysis.distance import (
 )
 from distributed_stiffness.analysis.equal_loss import at_equal_loss
 from distributed_stiffness.analysis.one_pass import compute, compute_together
+from distributed_stiffness.analysis.reduced import reduced
 from distributed_stiffness.analysis.replicates import over_seeds
 from distributed_stiffness.analysis.summary import Summary, summary
 from distributed_stiffness.analysis.sums import row_sums
@@ -35,6 +36,7 @@ __all__ = [
     "distance_profile",
     "distance_row_sums",
     "over_seeds",
+    "reduced",
     "row_sums",
     "summary",
     "superclass_contrast",

@@ -78,7 +78,7 @@ def critical_length(
     """
     if relation not in _RELATIONS:
         raise DataError(f"relation is {relation!r}: expected one of {', '.join(_RELATIONS)}")
-    if "distance_bin" in ds.dims:
+    if "distance_bin" in ds.dims and "example" not in ds.dims:  # a profile, not a store
         fitted = _of_profile(ds.sel(relation=relation, drop=True))
         result = _named(fitted, (*_RANGE, *_LINE)).assign_attrs(ds.attrs)
         return _described(result, _RELATIONS[relation])

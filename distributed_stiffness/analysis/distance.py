@@ -28,6 +28,7 @@ from distributed_stiffness.analysis.jackknife import (
     spread,
 )
 from distributed_stiffness.analysis.pairs import (
+    DISTANCE_SUMS,
     Labels,
     Splits,
     checkpoint_coordinates,
@@ -62,7 +63,7 @@ def distance_profile(
 
     Args:
         ds: a store.
-        bins: how many bins of equal width, where `edges` is None.
+        bins: how many bins of equal width, where `edges` is None; a reduced store has its own.
         edges: of the bins, ascending; a bin holds its lower edge, the last one both. None: equal
             bins over the distances that occur, for which the distances (not the cosines) are read
             once at this call.
@@ -143,9 +144,14 @@ def binned_sums(
         DataError: the store has no distances, or the edges do not ascend.
     """
     chosen = _with_distance(ds, splits)
-    known_edges = _checked(edges) if edges is not None else _observed_edges(chosen, bins)
     groups = grouping(chosen, "class_name")
-    examples, of_rows = examples_of(chosen, groups), labels(chosen, groups)
+    examples = examples_of(chosen, groups)
+    if "distance" not in chosen:
+        kept = ["row"] if examples.square else ["row", "column"]
+        sums = tuple(chosen[f"{side}_{DISTANCE_SUMS}"].data for side in kept)
+        return BinnedSums(chosen, examples, _kept_edges(chosen, edges), sums)
+    known_edges = _checked(edges) if edges is not None else _observed_edges(chosen, bins)
+    of_rows = labels(chosen, groups)
     cosine = chosen["cosine"].data
     distance = chosen["distance"].data.rechunk(cosine.chunks[-2:])
     sides = [_sums(cosine, distance, of_rows, known_edges)]
@@ -161,12 +167,28 @@ def distance_edges(ds: xr.Dataset, bins: int = 20, *, splits: Splits | None = No
     Raises:
         DataError: the store has no distances, or no bin is asked for.
     """
-    return _observed_edges(_with_distance(ds, splits), bins)
+    chosen = _with_distance(ds, splits)
+    return _observed_edges(chosen, bins) if "distance" in chosen else _kept_edges(chosen, None)
+
+
+def _kept_edges(chosen: xr.Dataset, edges: Sequence[float] | np.ndarray | None) -> np.ndarray:
+    """Return the edges of the bins that a reduced store keeps.
+
+    Raises:
+        DataError: others are asked for.
+    """
+    kept = np.append(chosen["lower_edge"].values, chosen["upper_edge"].values[-1])
+    if edges is not None and not np.array_equal(_checked(edges), kept):
+        raise DataError(
+            f"edges is {edges!r}, but this store keeps sums in {len(kept) - 1} bins from"
+            f" {kept[0]:g} to {kept[-1]:g}, not pairs: leave edges out"
+        )
+    return np.asarray(kept)
 
 
 def _with_distance(ds: xr.Dataset, splits: Splits | None) -> xr.Dataset:
     chosen = select(ds, splits)
-    if "distance" not in chosen:
+    if "distance" not in chosen and f"row_{DISTANCE_SUMS}" not in chosen:
         raise DataError("the store has no variable distance (example, other): no profile")
     return chosen
 
@@ -232,11 +254,18 @@ def _sums_of_block(
     Returns:
         (…, i, 1, r, k, S) float64.
     """
-    lead, n_bins = cosine.shape[:-2], len(edges) - 1
-    out = np.empty((*lead, len(distance), 1, 2, n_bins, len(SUMS)))
-    for rows, slab in labels.of_block(block_info).slabs():
+    sums = binned_sums_of_pairs(cosine, distance, labels.of_block(block_info), edges)
+    return sums[..., None, :, :, :]
+
+
+def binned_sums_of_pairs(
+    cosine: np.ndarray, distance: np.ndarray, labels: Labels, edges: np.ndarray
+) -> np.ndarray:
+    """Sum pairs (…, i, j) by row, relation and bin; return (…, i, r, k, S) float64."""
+    out = np.empty((*cosine.shape[:-1], 2, len(edges) - 1, len(SUMS)))
+    for rows, slab in labels.slabs():
         part = cosine[..., rows, :], distance[rows]
-        out[..., rows, 0, :, :, :] = _sums_of_rows(*part, slab, edges)
+        out[..., rows, :, :, :] = _sums_of_rows(*part, slab, edges)
     return out
 
 

@@ -19,6 +19,15 @@ from distributed_stiffness.errors import DataError
 
 Splits = tuple[str, str]  # of the rows and of the columns, such as ("train", "validation")
 
+# What a store keeps in place of its pairs, if it was reduced (`reduced`): sums over the pairs of
+# each example, by the split of the other one and by its class, or by relation and distance.
+CLASS_SUMS, DISTANCE_SUMS = "class_sums", "distance_sums"
+OTHER_SPLIT = "split_of_other"
+SUMS_DIMS = {
+    CLASS_SUMS: ("class_of_other", "sum"),
+    DISTANCE_SUMS: ("relation", "distance_bin", "sum"),
+}
+
 # Edge of a block where the data are in memory; a store keeps its own chunks.
 BLOCK = 1024
 SLAB = 128  # rows of a block that are worked on at a time
@@ -111,25 +120,44 @@ def select(ds: xr.Dataset, splits: Splits | None) -> xr.Dataset:
             several splits, else the one that there is.
 
     Returns:
-        Dataset with cosine (…, example, other); distance (example, other) where `ds` has it;
+        Dataset with cosine (…, example, other); distance (example, other) where `ds` has it (of a
+        store that keeps sums in their place: `reduced.select_sums`);
         row_zero (…, example) and column_zero (…, other), true where a gradient is zero; and the
         coordinates row_identity (example) and column_identity (other), equal for a self-pair.
 
     Raises:
         DataError: there are no cosines, or not the splits asked for.
     """
-    if "cosine" not in ds or not {"example", "other"} <= set(ds["cosine"].dims):
-        raise DataError(
-            f"expected a variable cosine (…, example, other), found {list(map(str, ds.data_vars))}:"
-            " open a store of this program with xarray.open_zarr"
-        )
+    _checkpoint_dims(ds)
     ds = _with_identities(with_labels_in_memory(ds))
-    cosine = ds["cosine"].transpose(..., "example", "other")
-    chosen = xr.Dataset({"cosine": cosine, **_zero_gradients(ds)}, attrs=ds.attrs)
-    if "distance" in ds:
-        chosen["distance"] = ds["distance"].transpose("example", "other")
+    kept = _sums_kept(ds) if CLASS_SUMS in ds else _pairs_kept(ds)
+    labels = {name: c for name, c in ds.coords.items() if c.dims in (("example",), ("other",))}
+    chosen = xr.Dataset({**kept, **_zero_gradients(ds)}, coords=labels, attrs=ds.attrs)
     chosen, attr = _of_splits(chosen, splits)
     return _in_blocks(chosen).assign_attrs(splits=attr)
+
+
+def _pairs_kept(ds: xr.Dataset) -> dict[str, xr.DataArray]:
+    kept = {"cosine": ds["cosine"].transpose(..., "example", "other")}
+    if "distance" in ds:
+        kept["distance"] = ds["distance"].transpose("example", "other")
+    return kept
+
+
+def _sums_kept(ds: xr.Dataset) -> dict[str, xr.DataArray]:
+    """Return sums over each example's pairs as a row, and as a column: the matrix is symmetric.
+
+    Sums over parts that are not computed yet are NaN in a store, and no pairs here.
+    """
+    kept: dict[str, xr.DataArray] = {}
+    for name in (CLASS_SUMS, DISTANCE_SUMS):
+        if name in ds:
+            sums = ds[name].transpose(..., "example", OTHER_SPLIT, *SUMS_DIMS[name])
+            sums = sums.fillna(0.0)
+            sums = sums.sum("other_part") if "other_part" in sums.dims else sums
+            bare = sums.drop_vars([c for c in sums.coords if "example" in sums[c].dims])
+            kept |= {f"row_{name}": sums, f"column_{name}": bare.rename(example="other")}
+    return kept
 
 
 def labels(chosen: xr.Dataset, groups: Grouping) -> Labels:
@@ -202,7 +230,31 @@ def grouping(chosen: xr.Dataset, by: str) -> Grouping:
 
 def leading_dims(chosen: xr.Dataset) -> tuple[Hashable, ...]:
     """Return the dimensions that tell checkpoints apart."""
-    return tuple(chosen["cosine"].dims[:-2])
+    if "cosine" in chosen:
+        return tuple(chosen["cosine"].dims[:-2])
+    sums = chosen[f"row_{CLASS_SUMS}"]
+    return tuple(sums.dims[: sums.get_axis_num("example")])
+
+
+def _checkpoint_dims(ds: xr.Dataset) -> set[Hashable]:
+    """Return the dimensions of a store that tell checkpoints apart.
+
+    Raises:
+        DataError: it is no store.
+    """
+    if CLASS_SUMS in ds:
+        return set(ds[CLASS_SUMS].dims) - {
+            "other_part",
+            "example",
+            OTHER_SPLIT,
+            *SUMS_DIMS[CLASS_SUMS],
+        }
+    if "cosine" not in ds or not {"example", "other"} <= set(ds["cosine"].dims):
+        raise DataError(
+            f"expected a variable cosine (…, example, other), found {list(map(str, ds.data_vars))}:"
+            " open a store of this program with xarray.open_zarr"
+        )
+    return set(ds["cosine"].dims) - {"example", "other"}
 
 
 def checkpoint_coordinates(ds: xr.Dataset) -> dict[Hashable, xr.DataArray]:
@@ -210,7 +262,7 @@ def checkpoint_coordinates(ds: xr.Dataset) -> dict[Hashable, xr.DataArray]:
 
     They travel with every result, so that a figure can say when a matrix was taken.
     """
-    lead = set(ds["cosine"].dims) - {"example", "other"}
+    lead = _checkpoint_dims(ds)
     known = {
         name: coordinate for name, coordinate in ds.coords.items() if set(coordinate.dims) <= lead
     }
@@ -265,7 +317,7 @@ def _of_splits(chosen: xr.Dataset, splits: Splits | None) -> tuple[xr.Dataset, s
                 f"splits is {splits!r}, but the store does not tell splits apart (no coordinates"
                 " split and other_split): leave splits out"
             )
-        return chosen, "all"
+        return _against(chosen, 0, 0), "all"
     rows, columns = (chosen[name].values.astype(str) for name in ("split", "other_split"))
     if splits is None:
         found = sorted({*rows.tolist(), *columns.tolist()})
@@ -280,7 +332,20 @@ def _of_splits(chosen: xr.Dataset, splits: Splits | None) -> tuple[xr.Dataset, s
                 f" {sorted(set(there.tolist()))}"
             )
     chosen = chosen.isel(example=_indexer(keep[0]), other=_indexer(keep[1]))
+    if OTHER_SPLIT in chosen.dims:
+        known = chosen[OTHER_SPLIT].values.astype(str).tolist()
+        chosen = _against(chosen, *map(known.index, splits))
     return chosen, f"{splits[0]}-{splits[1]}"
+
+
+def _against(chosen: xr.Dataset, of_rows: int, of_columns: int) -> xr.Dataset:
+    """Keep a row's sums over the columns' split, and a column's sums over the rows' split."""
+    kept: dict[Hashable, xr.DataArray] = {}
+    for name, variable in chosen.data_vars.items():
+        if OTHER_SPLIT in variable.dims:
+            split = of_columns if str(name).startswith("row_") else of_rows
+            kept[name] = variable.isel({OTHER_SPLIT: split}, drop=True)
+    return chosen.assign(kept).drop_dims(OTHER_SPLIT, errors="ignore")
 
 
 def _indexer(mask: np.ndarray) -> slice | np.ndarray:
@@ -292,6 +357,8 @@ def _indexer(mask: np.ndarray) -> slice | np.ndarray:
 
 
 def _in_blocks(chosen: xr.Dataset) -> xr.Dataset:
+    if "cosine" not in chosen:
+        return chosen.chunk() if chosen[f"row_{CLASS_SUMS}"].chunks is None else chosen
     if chosen["cosine"].chunks is not None:
         return chosen
     lead = dict.fromkeys(leading_dims(chosen), 1)

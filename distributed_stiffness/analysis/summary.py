@@ -13,7 +13,7 @@ from distributed_stiffness.analysis.critical_length import critical_length
 from distributed_stiffness.analysis.curves import checkpoint_curves
 from distributed_stiffness.analysis.distance import distance_edges, distance_profile
 from distributed_stiffness.analysis.one_pass import compute_together
-from distributed_stiffness.analysis.pairs import Splits, with_labels_in_memory
+from distributed_stiffness.analysis.pairs import DISTANCE_SUMS, Splits, with_labels_in_memory
 from distributed_stiffness.analysis.superclasses import superclass_contrast, superclass_matrix
 from distributed_stiffness.progress import Progress
 
@@ -63,7 +63,7 @@ def summary(
     if "superclass_name" in ds.coords:
         lazy["superclass_matrix"] = superclass_matrix(ds, splits=splits)
         lazy["superclass_contrast"] = superclass_contrast(ds, splits=splits)
-    if "distance" in ds:
+    if "distance" in ds or DISTANCE_SUMS in ds:
         edges = distance_edges(ds, bins, splits=splits)  # reads the distances: once for both
         lazy["distance_profile"] = distance_profile(ds, edges=edges, splits=splits)
         lazy["critical_length"] = critical_length(ds, edges=edges, splits=splits)

@@ -21,6 +21,7 @@ from distributed_stiffness.analysis.jackknife import (
     leave_one_out,
 )
 from distributed_stiffness.analysis.pairs import (
+    CLASS_SUMS,
     Grouping,
     Labels,
     Splits,
@@ -29,6 +30,7 @@ from distributed_stiffness.analysis.pairs import (
     leading_dims,
     select,
 )
+from distributed_stiffness.errors import DataError
 
 SUMS = ("cosine_sum", "sign_sum", "cosine_pairs", "pairs")
 
@@ -99,11 +101,36 @@ def grouped_sums(chosen: xr.Dataset, by: str) -> GroupedSums:
     """Sum the pairs of each row, and of each column where columns are not the rows, by group."""
     groups = grouping(chosen, by)
     examples = examples_of(chosen, groups)
+    if "cosine" not in chosen:
+        return GroupedSums(chosen, groups, examples, _kept_sums(chosen, groups, examples))
     cosine, of_rows = chosen["cosine"].data, labels(chosen, groups)
     sides = [_sums(cosine, of_rows, len(groups))]
     if not examples.square:
         sides.append(_sums(cosine.swapaxes(-1, -2), of_rows.transposed(), len(groups)))
     return GroupedSums(chosen, groups, examples, tuple(sides))
+
+
+def _kept_sums(chosen: xr.Dataset, groups: Grouping, examples: Examples) -> tuple[da.Array, ...]:
+    """Add up sums by class, which a reduced store keeps, to sums by group."""
+    classes = grouping(chosen, "class_name")
+    group_of = np.full(len(classes), -1)
+    group_of[classes.rows], group_of[classes.columns] = groups.rows, groups.columns
+    if not (
+        (group_of[classes.rows] == groups.rows).all()
+        and (group_of[classes.columns] == groups.columns).all()
+    ):
+        raise DataError(
+            f"cannot group by {groups.by!r}: this store keeps sums by class, not pairs, and a class"
+            f" lies in several of these groups"
+        )
+    kept = chosen["class_of_other"].values.astype(str).tolist()
+    inside = np.zeros((len(kept), len(groups)))
+    for name, group in zip(classes.names.tolist(), group_of, strict=True):
+        inside[kept.index(str(name)), group] = 1
+    sides = ["row"] if examples.square else ["row", "column"]
+    return tuple(
+        da.einsum("...cs,cg->...gs", chosen[f"{side}_{CLASS_SUMS}"].data, inside) for side in sides
+    )
 
 
 def _sums(cosine: da.Array, labels: Labels, n_groups: int) -> da.Array:
@@ -160,10 +187,15 @@ def _sums_of_block(
     Returns:
         (…, i, 1, n_groups, S) float64.
     """
-    block = labels.of_block(block_info)
-    out = np.zeros((*cosine.shape[:-1], 1, n_groups, len(SUMS)))
-    for rows, slab in block.slabs():
-        _add_rows(out[..., rows, 0, :, :], cosine[..., rows, :], slab)
+    sums = sums_of_pairs(cosine, labels.of_block(block_info), n_groups)
+    return sums[..., None, :, :]
+
+
+def sums_of_pairs(cosine: np.ndarray, labels: Labels, n_groups: int) -> np.ndarray:
+    """Sum pairs (…, i, j) over the columns of each group; return (…, i, n_groups, S) float64."""
+    out = np.zeros((*cosine.shape[:-1], n_groups, len(SUMS)))
+    for rows, slab in labels.slabs():
+        _add_rows(out[..., rows, :, :], cosine[..., rows, :], slab)
     return out
 
 

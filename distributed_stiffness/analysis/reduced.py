@@ -1,0 +1,213 @@
+"""A store without its pairs: the sums over each example's pairs, which most questions need alone.
+
+N² cosines become N·(C + 2K) sums for C classes and K distance bins. Means, their standard errors
+and figures that ask for no single pair come out of them through the same functions, and are the
+same numbers. A run with `--reduce-only` writes such a store from the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+
+from distributed_stiffness.analysis.distance import (
+    _bin_coordinates,
+    binned_sums,
+    binned_sums_of_pairs,
+    distance_edges,
+)
+from distributed_stiffness.analysis.pairs import (
+    CLASS_SUMS,
+    DISTANCE_SUMS,
+    OTHER_SPLIT,
+    SUMS_DIMS,
+    Labels,
+    Splits,
+    grouping,
+    leading_dims,
+    select,
+    with_labels_in_memory,
+)
+from distributed_stiffness.analysis.sums import SUMS, grouped_sums, sums_of_pairs
+
+BINS = 50
+RELATIONS = ("within", "between")
+LONG_NAMES = {
+    CLASS_SUMS: "sums over the pairs of an example, by class of the other",
+    DISTANCE_SUMS: "sums over the pairs of an example, by relation and distance",
+}
+DESCRIPTION = (
+    "Of each example's pairs with others of a split: sum of cosines, sum of signs, pairs in the"
+    " cosine sum (no zero gradients), pairs in the sign sum. Self-pairs are in none."
+)
+
+
+def reduced(
+    ds: xr.Dataset, bins: int = BINS, edges: Sequence[float] | np.ndarray | None = None
+) -> xr.Dataset:
+    """Put sums in place of a store's pairs; every reduction of the result is that of the store.
+
+    Args:
+        ds: a store, or a part of one, with every example both as a row and as a column.
+        bins: of equal width over the distances that occur, where `edges` is None.
+        edges: of the distance bins.
+
+    Returns:
+        Lazy Dataset: class_sums (…, example, split_of_other, class_of_other, sum) and, where the
+        store has distances, distance_sums (…, example, split_of_other, relation, distance_bin,
+        sum), float64; all else but cosine and distance is kept.
+
+    Raises:
+        DataError: `ds` is no store.
+    """
+    ds = with_labels_in_memory(ds)
+    splits = _splits(ds)
+    classes = _all_classes(ds)
+    sums = {CLASS_SUMS: _joined(ds, splits, lambda s: _by_class(ds, s, classes))}
+    coordinates: dict[str, Any] = sums_coordinates(classes, _names(splits))
+    if "distance" in ds:
+        if edges is None:
+            every = [distance_edges(ds, bins, splits=s) for s in _pairs_of_splits(splits)]
+            low, high = min(e[0] for e in every), max(e[-1] for e in every)
+            edges = np.linspace(low, high, bins + 1)
+        found = np.asarray(edges, dtype=np.float64)
+        sums[DISTANCE_SUMS] = _joined(ds, splits, lambda s: _by_distance(ds, s, found))
+        coordinates |= distance_coordinates(found)
+    result = ds.drop_vars(["cosine", "distance"], errors="ignore").assign(sums)
+    for name in sums:
+        # One chunk for each checkpoint: Zarr asks for chunks of one size.
+        whole = dict.fromkeys(("example", OTHER_SPLIT, *SUMS_DIMS[name]), -1)
+        result[name] = result[name].transpose(..., *whole).chunk(whole)
+        result[name].attrs = {
+            "long_name": LONG_NAMES[name],
+            "units": "1",
+            "description": DESCRIPTION,
+        }
+    return result.assign_coords(coordinates)
+
+
+def sums_coordinates(classes: Sequence[str], splits: Sequence[str]) -> dict[str, Any]:
+    """Return the coordinates of the dimensions of class sums."""
+    return {
+        OTHER_SPLIT: _text(splits),
+        "class_of_other": _text(classes),
+        "sum": _text(SUMS),
+    }
+
+
+def distance_coordinates(edges: np.ndarray) -> dict[str, Any]:
+    """Return the coordinates of the dimensions of distance sums."""
+    return {"relation": _text(RELATIONS)} | _bin_coordinates(edges)
+
+
+def fold(
+    cosine: np.ndarray,
+    distance: np.ndarray | None,
+    labels: Labels,
+    column_splits: np.ndarray,
+    *,
+    n_splits: int,
+    n_classes: int,
+    edges: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sum one tile over its columns: what a run keeps of it.
+
+    Args:
+        cosine: (i, j).
+        distance: (i, j), or None for no distance sums.
+        labels: of its rows and columns; groups are classes.
+        column_splits: split of each column (j,), from 0.
+        n_splits: of the study.
+        n_classes: of the study.
+        edges: of the distance bins.
+
+    Returns:
+        Class sums (i, splits, C, S) and distance sums (i, splits, r, k, S), float64.
+    """
+    by_class, by_distance = [], []
+    for split in range(n_splits):
+        chosen = np.flatnonzero(column_splits == split)
+        everything = len(chosen) == len(column_splits)
+        columns = slice(None) if everything else chosen
+        part = labels if everything else _columns_of(labels, columns)
+        by_class.append(sums_of_pairs(cosine[:, columns], part, n_classes))
+        if distance is not None:
+            pairs = cosine[:, columns], distance[:, columns]
+            by_distance.append(binned_sums_of_pairs(*pairs, part, edges))
+    empty = np.empty((len(cosine), n_splits, 2, 0, len(SUMS)))
+    return np.stack(by_class, 1), np.stack(by_distance, 1) if by_distance else empty
+
+
+def _columns_of(labels: Labels, columns: Any) -> Labels:
+    return replace(
+        labels,
+        columns=labels.columns[columns],
+        column_groups=labels.column_groups[columns],
+        column_zero=labels.column_zero[..., columns],
+    )
+
+
+def _splits(ds: xr.Dataset) -> list[str] | None:
+    if "split" not in ds.coords or "other_split" not in ds.coords:
+        return None
+    return list(dict.fromkeys(ds["other_split"].values.astype(str).tolist()))
+
+
+def _names(splits: list[str] | None) -> list[str]:
+    return splits or ["all"]
+
+
+def _pairs_of_splits(splits: list[str] | None) -> list[Splits | None]:
+    return [None] if splits is None else [(a, b) for a in splits for b in splits]
+
+
+def _all_classes(ds: xr.Dataset) -> list[str]:
+    examples = ds[["example", "other"]].reset_coords(drop=True)
+    bare = examples.assign_coords(
+        class_name=("example", ds["class_name"].values),
+        other_class_name=("other", ds["other_class_name"].values),
+    )
+    return list(map(str, grouping(bare.assign_attrs(ds.attrs), "class_name").names))
+
+
+def _joined(
+    ds: xr.Dataset, splits: list[str] | None, sums: Callable[[Splits | None], xr.DataArray]
+) -> xr.DataArray:
+    """Put the sums of each pair of splits in their places."""
+    if splits is None:
+        return sums(None).expand_dims(OTHER_SPLIT)
+    rows = ds["split"].values.astype(str)
+    parts = [
+        xr.concat([sums((row, column)) for column in splits], dim=OTHER_SPLIT) for row in splits
+    ]
+    order = np.argsort(np.concatenate([np.flatnonzero(rows == row) for row in splits]))
+    whole: xr.DataArray = xr.concat(parts, dim="example").isel(example=order)
+    return whole
+
+
+def _by_class(ds: xr.Dataset, splits: Splits | None, classes: list[str]) -> xr.DataArray:
+    found = grouped_sums(select(ds, splits), "class_name")
+    inside = np.zeros((len(found.groups), len(classes)))
+    for k, name in enumerate(found.groups.names.tolist()):
+        inside[k, classes.index(str(name))] = 1
+    values = da.einsum("...gs,gc->...cs", found.sides[0], inside)
+    return xr.DataArray(
+        values, dims=(*leading_dims(found.chosen), "example", *SUMS_DIMS[CLASS_SUMS])
+    )
+
+
+def _by_distance(ds: xr.Dataset, splits: Splits | None, edges: np.ndarray) -> xr.DataArray:
+    found = binned_sums(ds, edges=edges, splits=splits)
+    dims = (*leading_dims(found.chosen), "example", *SUMS_DIMS[DISTANCE_SUMS])
+    return xr.DataArray(found.sides[0], dims=dims)
+
+
+def _text(values: Sequence[str]) -> np.ndarray:
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
