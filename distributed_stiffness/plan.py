@@ -44,6 +44,7 @@ class Plan:
     factored: tuple[str, ...] = ()  # weights whose gradients are kept as factors
     making_work: int = 0  # multiply-adds of one gradient
     pair_work: int = 0  # multiply-adds of the product of two
+    sums_bytes: int = 0  # of one example against one tile's columns, where no pairs are kept
 
     @property
     def tiling(self) -> Tiling:
@@ -52,8 +53,8 @@ class Plan:
 
     @property
     def n_tiles(self) -> int:
-        """Tiles of all matrices, the input distances' included."""
-        return self.tiling.n_chunks**2 * (self.n_checkpoints + 1)
+        """Tiles of all matrices, the input distances' included where they are kept."""
+        return self.tiling.n_chunks**2 * (self.n_checkpoints + (not self.sums_bytes))
 
     @property
     def panel_chunks(self) -> int:
@@ -105,7 +106,9 @@ class Plan:
 
     @property
     def store_bytes(self) -> int:
-        """Of all matrices, before compression (which saves about a tenth)."""
+        """Of all matrices, before compression (which saves about a tenth), or of all sums."""
+        if self.sums_bytes:
+            return self.sums_bytes * self.n_examples * self.tiling.n_chunks * self.n_checkpoints
         return 4 * self.n_examples**2 * (self.n_checkpoints + 1)
 
     def describe(self) -> str:
@@ -114,7 +117,8 @@ class Plan:
         made = self.gradients_per_example
         return (
             f"plan: {self.n_checkpoints} checkpoints × {self.n_examples:,}² pairs and the input"
-            f" distances, {self.n_tiles:,} tiles of up to {self.tile:,}²;"
+            f" distances{', of which sums are kept' if self.sums_bytes else ''},"
+            f" {self.n_tiles:,} tiles of up to {self.tile:,}²;"
             f" {in_words(self.row_bytes)} a gradient, {held:,} held at a time"
             f" ({in_words(held * self.row_bytes)} of {in_words(self.memory)} a replica)"
             + (f", each made {made:.1f} times" if made > 1 else "")

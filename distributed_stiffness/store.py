@@ -12,6 +12,7 @@ import contextlib
 import errno
 import functools
 import importlib.metadata
+import itertools
 import json
 import math
 import subprocess
@@ -29,11 +30,24 @@ import fsspec
 import numpy as np
 import psutil
 import tenacity
+import xarray as xr
 import zarr
 import zarr.abc.store
 import zarr.codecs
 import zarr.storage
 
+from distributed_stiffness.analysis.pairs import (
+    CLASS_SUMS,
+    DISTANCE_SUMS,
+    OTHER_SPLIT,
+    SUMS_DIMS,
+)
+from distributed_stiffness.analysis.reduced import (
+    DESCRIPTION,
+    LONG_NAMES,
+    distance_coordinates,
+    sums_coordinates,
+)
 from distributed_stiffness.checkpoints import (
     METRICS,
     TrainingRun,
@@ -48,6 +62,9 @@ from distributed_stiffness.study import NOT_GIVEN, Study, Training, differences,
 from distributed_stiffness.tiling import Checkpoint, Tile, TileSet, Tiling
 
 SCHEMA_VERSION = 1
+# |cosine| is counted by power of two, from half a unit in the last place at 1, where no pairs are
+# kept: so many signs are undecided under an error bound that is known only later.
+EXPONENTS = np.arange(-24, 1)
 WHOLE_MATRIX_CHECK = "whole_matrix_check"  # attribute of the group
 _T = TypeVar("_T")
 _RUN = ("learning_rate", "seed", "iteration")
@@ -122,6 +139,40 @@ _VARIABLES: Mapping[str, _Variable] = {
     ),
 }
 
+# Where a study keeps sums, these are in the place of `cosine` and `distance`.
+_SUMS: Mapping[str, _Variable] = {
+    CLASS_SUMS: _Variable(
+        (*_RUN, "other_part", "example", OTHER_SPLIT, *SUMS_DIMS[CLASS_SUMS]),
+        "float64",
+        LONG_NAMES[CLASS_SUMS],
+        f"{DESCRIPTION} By part of the others: add them up. NaN: not computed yet.",
+    ),
+    DISTANCE_SUMS: _Variable(
+        (*_RUN, "other_part", "example", OTHER_SPLIT, *SUMS_DIMS[DISTANCE_SUMS]),
+        "float64",
+        LONG_NAMES[DISTANCE_SUMS],
+        f"{DESCRIPTION} By part of the others: add them up. The outermost bins hold what lies"
+        " beyond them. NaN: not computed yet.",
+    ),
+    "near_zero": _Variable(
+        (*_RUN, "part", "other_part", "exponent"),
+        "int64",
+        "pairs near zero",
+        "Pairs (i < j) with 0 < |cosine| < 2**exponent, by part of each; 0 below the diagonal. -1:"
+        " not computed yet.",
+        fill=-1,
+    ),
+}
+_PAIRS = ("cosine", "distance")
+
+
+def _variables(keep: str) -> Mapping[str, _Variable]:
+    """Return the arrays of a study that keeps pairs, or sums."""
+    if keep == "pairs":
+        return _VARIABLES
+    return {**_SUMS, **{name: v for name, v in _VARIABLES.items() if name not in _PAIRS}}
+
+
 # What a disk or a bucket raises: s3fs lets errors of its HTTP client through as they are.
 STORAGE_ERRORS = (OSError, botocore.exceptions.BotoCoreError, aiohttp.ClientError)
 # Of these, what trying again does not mend.
@@ -185,7 +236,9 @@ class Store:
                 f"{self.url} is not a store of this program (schema_version is {version!r},"
                 f" expected {SCHEMA_VERSION}); give another --store"
             )
-        self._arrays = {name: _array(self.group, name) for name in _VARIABLES}
+        # "pairs", or "sums": what is there of each tile.
+        self.keeps = str(self.group.attrs.get("keep", "pairs"))
+        self._arrays = {name: _array(self.group, name) for name in _variables(self.keeps)}
         self.retries = 0  # requests that were made again
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
@@ -203,13 +256,14 @@ class Store:
     def contents(self) -> Contents:
         """List what is there."""
         norms = self.listing("correct")  # the last of an example chunk's numbers to be written
-        n_chunks = math.ceil(self._arrays["distance"].shape[0] / self._arrays["distance"].chunks[0])
+        examples = self._arrays["correct"]
+        n_chunks = math.ceil(examples.shape[-1] / examples.chunks[-1])
         tiles: defaultdict[Checkpoint, TileSet] = defaultdict(lambda: TileSet(n_chunks))
-        for *lead, i, j in self.listing("cosine"):
+        for *lead, i, j in self._tiles_listed():
             if i != j or (*lead, i) in norms:
                 tiles[Checkpoint(*lead)].add((i, j))
         distance = TileSet(n_chunks)
-        for i, j in self.listing("distance"):
+        for i, j in self.listing("distance") if self.keeps == "pairs" else _every_tile(n_chunks):
             distance.add((i, j))
         return Contents(
             tiles=dict(tiles),
@@ -217,14 +271,25 @@ class Store:
             checked={Checkpoint(*lead) for lead in self.listing("undecided")},
         )
 
+    def _tiles_listed(self) -> Iterator[tuple[int, ...]]:
+        if self.keeps == "pairs":
+            yield from self.listing("cosine")
+        else:
+            for *lead, j, i, _, _, _ in self.listing(CLASS_SUMS):
+                yield (*lead, i, j)
+
     def has(self, name: str, checkpoint: Checkpoint | None, tiles: Iterable[Tile]) -> bool:
         """Whether tiles of a matrix are there, diagonal ones with their norms."""
         filesystem, root = fsspec.core.url_to_fs(self.url)
         filesystem.invalidate_cache()
         lead = _lead(checkpoint)
-        keys = [(name, *lead, *tile) for tile in tiles]
+        tiles = list(tiles)
+        if self.keeps == "pairs":
+            keys = [(name, *lead, *tile) for tile in tiles]
+        else:
+            keys = [(CLASS_SUMS, *lead, j, i, 0, 0, 0) for i, j in tiles]
         if name == "cosine":
-            keys += [("correct", *lead, i) for _, *_, i, j in keys if i == j]
+            keys += [("correct", *lead, i) for i, j in tiles if i == j]
         paths = (f"{root}/{array}/c/{'/'.join(map(str, chunk))}" for array, *chunk in keys)
         with _explained(self.url, "read"):
             return all(self._persistently(functools.partial(filesystem.exists, p)) for p in paths)
@@ -247,6 +312,14 @@ class Store:
         """Write one whole chunk of a matrix."""
         rows, columns = (tiling.examples(chunk) for chunk in tile)
         self._put(name, (*_lead(checkpoint), rows, columns), values)
+
+    def write_sums(self, checkpoint: Checkpoint, tile: Tile, tiling: Tiling, sums: Any) -> None:
+        """Write the sums of one tile (`engine.sums.TileSums`); those by class last: they count."""
+        (i, j), lead = tile, _lead(checkpoint)
+        rows = tiling.examples(i)
+        self._put("near_zero", (*lead, i, j), sums.near_zero)
+        self._put(DISTANCE_SUMS, (*lead, j, rows), sums.distance_sums)
+        self._put(CLASS_SUMS, (*lead, j, rows), sums.class_sums)
 
     def write_examples(
         self, checkpoint: Checkpoint, examples: slice, **columns: np.ndarray
@@ -305,6 +378,28 @@ class Store:
                 )
                 for n in names
             ]
+
+    def class_sums(self, checkpoint: Checkpoint) -> np.ndarray:
+        """Return the sums of each example over all others, by class: (N, C, S)."""
+        array = self._arrays[CLASS_SUMS]
+        total = np.zeros((array.shape[4], *array.shape[6:]))
+        with _explained(self.url, "read"):
+            for part in range(array.shape[3]):
+                place = (*_lead(checkpoint), part)
+                read = functools.partial(array.__getitem__, place)
+                total += np.asarray(self._persistently(read)).sum(1)
+        return total
+
+    def near_zero(self, checkpoint: Checkpoint) -> np.ndarray:
+        """Return how many pairs lie below each power of two, (exponents,)."""
+        (counts,) = self.numbers(checkpoint, "near_zero")
+        return np.asarray(counts.sum((0, 1)))
+
+    def edges(self) -> np.ndarray:
+        """Return the edges of the distance bins of a store that keeps sums."""
+        with _explained(self.url, "read"):
+            lower, upper = (_array(self.group, name)[:] for name in ("lower_edge", "upper_edge"))
+        return np.append(lower, upper[-1])
 
     def _damaged(self, name: str, checkpoint: Checkpoint | None) -> Iterator[str]:
         """Name the chunks of a matrix that cannot be read."""
@@ -374,8 +469,20 @@ class Store:
             self._edit_attrs(edit)
 
 
-def create_or_continue(url: str | Path, study: Study, data: StudyData, plan: Plan) -> Store:
+def _every_tile(n_chunks: int) -> Iterator[Tile]:
+    return itertools.product(range(n_chunks), range(n_chunks))
+
+
+def create_or_continue(
+    url: str | Path,
+    study: Study,
+    data: StudyData,
+    plan: Plan,
+    edges: Callable[[], np.ndarray] | None = None,
+) -> Store:
     """Lay a store out, or open the one that is there if it belongs to the same study.
+
+    `edges` returns those of the distance bins, for a store that keeps sums.
 
     Raises:
         StoreError: the store belongs to another study (names what differs), the path cannot be
@@ -383,7 +490,7 @@ def create_or_continue(url: str | Path, study: Study, data: StudyData, plan: Pla
     """
     if not _is_there(str(url)):
         now = fingerprint(study, content=data.content_hash(), tile=plan.tile)
-        return _retrying()(_create, str(url), study, data, plan, now)
+        return _retrying()(_create, str(url), study, data, plan, now, edges and edges())
     store = Store(url)
     _refuse_differences(store, study, data, tile=plan.tile)
     store.sweep()
@@ -417,10 +524,17 @@ def _refuse_differences(store: Store, study: Study, data: StudyData, *, tile: in
 
 
 def _create(
-    url: str, study: Study, data: StudyData, plan: Plan, identity: Mapping[str, Any]
+    url: str,
+    study: Study,
+    data: StudyData,
+    plan: Plan,
+    identity: Mapping[str, Any],
+    edges: np.ndarray | None,
 ) -> Store:
     _require_room(url, plan)
     labelled, coordinates = data.labelled, list(_coordinates(study, data))
+    if edges is not None:
+        coordinates += _coordinates_of_sums(data, edges)
     with _explained(url):
         group = zarr.create_group(
             _backend(url),
@@ -439,6 +553,7 @@ def _create(
                     if labelled.superclass_names
                     else {}
                 ),
+                **({"keep": study.keep} if study.keep == "sums" else {}),
                 "study": study.model_dump_json(),
                 "fingerprint": dict(identity),
                 "plan": plan.to_json(),
@@ -456,8 +571,10 @@ def _create(
             "iteration": len(study.iterations),
             "example": plan.n_examples,
             "other": plan.n_examples,
-        }
-        for name, variable in _VARIABLES.items():
+            "part": plan.tiling.n_chunks,
+            "other_part": plan.tiling.n_chunks,
+        } | {c.name: len(c.values) for c in coordinates if c.name in c.dims}
+        for name, variable in _variables(study.keep).items():
             _create_variable(group, name, variable, sizes, plan.tile)
         for coordinate in coordinates:
             _create_coordinate(group, coordinate)
@@ -473,7 +590,7 @@ def _create_variable(
     group.create_array(
         name,
         shape=tuple(sizes[dim] for dim in variable.dims),
-        chunks=tuple(tile if dim in ("example", "other") else 1 for dim in variable.dims),
+        chunks=tuple(_chunk(dim, sizes[dim], tile) for dim in variable.dims),
         dtype=variable.dtype,
         fill_value=variable.fill,
         dimension_names=variable.dims,
@@ -484,6 +601,13 @@ def _create_variable(
             "description": variable.description,
         },
     )
+
+
+def _chunk(dim: str, size: int, tile: int) -> int:
+    """Return how far one writer's chunk reaches along a dimension."""
+    if dim in ("example", "other"):
+        return tile
+    return 1 if dim in (*_RUN, "part", "other_part") else size
 
 
 def _create_coordinate(group: zarr.Group, coordinate: _Coordinate) -> None:
@@ -528,6 +652,17 @@ def _coordinates(study: Study, data: StudyData) -> Iterator[_Coordinate]:
         yield _Coordinate(dim, (dim,), names, "example")
         for name, values, meaning in _labels(data):
             yield _Coordinate(prefix + name, (dim,), values, meaning)
+
+
+def _coordinates_of_sums(data: StudyData, edges: np.ndarray) -> Iterator[_Coordinate]:
+    named = sums_coordinates(data.labelled.class_names, list(dict.fromkeys(data.split)))
+    named |= distance_coordinates(edges)
+    for name, values in named.items():
+        described = isinstance(values, xr.DataArray)
+        long_name = values.attrs["long_name"] if described else name.replace("_", " ")
+        dim = str(values.dims[0]) if described else name
+        yield _Coordinate(name, (dim,), np.asarray(values), long_name)
+    yield _Coordinate("exponent", ("exponent",), EXPONENTS, "power of two that |cosine| is below")
 
 
 def _meaning_of_rate(training: Training) -> str:

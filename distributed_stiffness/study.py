@@ -179,6 +179,8 @@ class Study(Frozen):
     training: Training = Training()
     gradients: Gradients = Gradients()
     loss: str = "cross_entropy"  # or package.module:function of (outputs, targets) -> (N,)
+    keep: Literal["pairs", "sums"] = "pairs"  # in the store; sums: over each example's pairs
+    distance_bins: int = Field(50, ge=1)  # of the sums
 
     @model_validator(mode="after")
     def _some_examples(self) -> Self:
@@ -226,7 +228,8 @@ def fingerprint(study: Study, *, content: str, tile: int) -> dict[str, Any]:
         content: hash of the examples in play and of the training data, in order.
         tile: edge of a tile.
     """
-    return {
+    sums = {"keep": "sums", "distance_bins": study.distance_bins}
+    return (sums if study.keep == "sums" else {}) | {
         "data": content,
         "preprocessing": study.data.preprocessing,
         "labels": {

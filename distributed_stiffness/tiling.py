@@ -82,6 +82,11 @@ def default_tile(n_examples: int) -> int:
     return math.ceil(n_examples / math.ceil(n_examples / 1250))
 
 
+def default_tile_of_sums(n_examples: int) -> int:
+    """Return a larger edge where only sums of a tile are kept: they take less in fewer tiles."""
+    return max(default_tile(n_examples), min(math.ceil(n_examples / 12), 4096))
+
+
 def pieces(examples: slice, size: int) -> Iterator[slice]:
     """Cut a run of examples into runs of `size`; the last one may be shorter."""
     for start in range(examples.start, examples.stop, size):

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
+from distributed_stiffness.analysis.sums import SUMS
 from distributed_stiffness.checkpoints import rate_in_words
 from distributed_stiffness.data.selection import StudyData, select
 from distributed_stiffness.engine.job import Job
 from distributed_stiffness.engine.lease import Lease
 from distributed_stiffness.engine.prediction import Speed
 from distributed_stiffness.engine.speed import measure
+from distributed_stiffness.engine.sums import bin_edges, splits_of
 from distributed_stiffness.errors import StudyError
 from distributed_stiffness.factories import import_loss
 from distributed_stiffness.gradients.batches import Nest, call, from_numpy
@@ -33,6 +37,7 @@ from distributed_stiffness.store import (
     stored_plan,
 )
 from distributed_stiffness.study import Study
+from distributed_stiffness.tiling import default_tile_of_sums
 from distributed_stiffness.training import build_model
 
 
@@ -91,13 +96,20 @@ class Prepared:
             self.study,
             self.data,
             plan,
-            create_or_continue(url, self.study, self.data, plan),
+            create_or_continue(url, self.study, self.data, plan, self._edges),
             self.run.checkpoint_folder,
             self.progress,
             lease,
             device=device,
             rows=rows,
         )
+
+    @property
+    def _edges(self) -> Callable[[], np.ndarray] | None:
+        """What returns the edges of the distance bins, where sums are kept in them."""
+        if self.study.keep == "pairs":
+            return None
+        return functools.partial(bin_edges, self.data, self.study.distance_bins)
 
     def _row_chunks(self, plan: Plan) -> range | None:
         if self.run.rows is None:
@@ -122,14 +134,21 @@ class Prepared:
         Raises:
             StudyError: it does not fit.
         """
+        study, tile = self.study, self.study.gradients.tile
+        if study.keep == "sums" and tile is None:
+            tile = default_tile_of_sums(self.data.n_examples)
         _, plan = fit(
             self.gradients,
             n_examples=self.data.n_examples,
             n_checkpoints=math.prod(self.study.shape),
             memory=memory,
-            tile=self.study.gradients.tile,
+            tile=tile,
             device=device,
         )
+        if study.keep == "sums":
+            columns = self.data.labelled.n_classes + 2 * study.distance_bins
+            sums = 8 * len(SUMS) * columns * len(splits_of(self.data))
+            plan = replace(plan, sums_bytes=sums)
         return stored_plan(self.run.store_url, plan)
 
 

@@ -21,6 +21,7 @@ from distributed_stiffness.checkpoints import Checkpoints
 from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.engine.prediction import Speed
 from distributed_stiffness.engine.speed import measure
+from distributed_stiffness.engine.sums import Folding, pair_reader, rounded_up
 from distributed_stiffness.engine.whole_matrix import (
     ClassMeans,
     ClassSums,
@@ -37,7 +38,7 @@ from distributed_stiffness.gradients.per_example import PerExampleGradients
 from distributed_stiffness.plan import BLOCK_SHARE, ROWS_SHARE, Plan
 from distributed_stiffness.store import Store, training_run
 from distributed_stiffness.study import Study
-from distributed_stiffness.tiling import Checkpoint, Task, pieces
+from distributed_stiffness.tiling import Checkpoint, Task, Tile, pieces
 from distributed_stiffness.training import build_model
 
 MakeRows = Callable[[slice, list[Rows] | None], list[Rows]]
@@ -82,6 +83,7 @@ class _Work:
     gradients: int = 0
     pairs: int = 0
     bytes_written: int = 0
+    zero: np.ndarray | None = None  # examples without a gradient, among those at hand
     class_means: ClassMeans | None = None
 
 
@@ -108,6 +110,7 @@ class Replica:
         self._models: OrderedDict[Checkpoint, nn.Module] = OrderedDict()
         self._gradients: tuple[Checkpoint, PerExampleGradients] | None = None
         self._work = _Work({})
+        self._folding = Folding(data, self.store.edges()) if study.keep == "sums" else None
         self._loading, self._computing = threading.Lock(), threading.Lock()
 
     def run(self, task: Task) -> Receipt:
@@ -199,6 +202,8 @@ class Replica:
         def product(rows: Rows, columns: Rows) -> Tensor:
             return cosine(rows, columns, gradients.precision)
 
+        if self._folding is not None:
+            self._work.zero = np.zeros(self.plan.n_examples, dtype=bool)
         if task.column in task.rows:
             self._work.examples = self._numbers_of_examples(task, make)
         self._tiles(task, make, product)
@@ -220,10 +225,10 @@ class Replica:
 
     def _check(self, task: Task) -> None:
         """Compare the stored cosines of a sample with float64, then count undecided signs."""
-        checkpoint, tiling = _required(task.checkpoint), self.plan.tiling
+        checkpoint = _required(task.checkpoint)
         sample = sample_examples(
             self.plan.n_examples,
-            lambda rows, columns: self.store.read("cosine", checkpoint, rows, columns),
+            self._cosine_reader(checkpoint),
             seed=(checkpoint.learning_rate, checkpoint.seed, checkpoint.iteration),
         )
         inputs, targets = self._examples(sample.examples)
@@ -240,13 +245,8 @@ class Replica:
                 int(BLOCK_SHARE * self.plan.memory), max(2**28, HALF * 8 * gradients.n_parameters)
             ),
         )
-        undecided, sums = 0, self._class_sums(checkpoint, gradients.n_parameters)
-        for i, j in tiling.upper():
-            tile = self.store.read("cosine", checkpoint, tiling.examples(i), tiling.examples(j))
-            below = (np.abs(tile) < bound) & (tile != 0)  # exactly 0: a gradient is zero
-            undecided += int(np.triu(below, 1).sum() if i == j else below.sum())
-            if sums is not None:
-                sums.add(tiling.examples(i), tiling.examples(j), tile)
+        sums = self._class_sums(checkpoint, gradients.n_parameters)
+        bound, undecided = self._undecided(checkpoint, bound, sums)
         if sums is not None:
             self._work.class_means = self._compared(sums, checkpoint, bound)
         if self.study.training.imported:
@@ -254,6 +254,44 @@ class Replica:
         # `undecided` last: the store counts a checkpoint as checked when it is there.
         self.store.write_values(checkpoint, error_bound=bound)
         self.store.write_values(checkpoint, undecided=undecided)
+
+    def _cosine_reader(
+        self, checkpoint: Checkpoint
+    ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+        """Return what reads stored cosines, or makes them again where none are stored."""
+        if self._folding is None:
+            return lambda rows, columns: self.store.read("cosine", checkpoint, rows, columns)
+        gradients = self._gradients_of(checkpoint)
+
+        def product(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+            left, right = (
+                gradients.rows_by_recipe(*self._examples(some), [gradients.recipe])[0]
+                for some in (rows, columns)
+            )
+            return cosine(left, right, gradients.precision).cpu().numpy()
+
+        return pair_reader(product, self.plan.batch)
+
+    def _undecided(
+        self, checkpoint: Checkpoint, bound: float, sums: ClassSums | None
+    ) -> tuple[float, int]:
+        """Return the bound and how many pairs lie below it; add the pairs up by class.
+
+        Where no pairs are stored they were counted by power of two: the bound is the next one.
+        """
+        if self._folding is not None:
+            bound, place = rounded_up(bound)
+            if sums is not None:
+                sums.add_examples(self.store.class_sums(checkpoint)[..., 0])
+            return bound, int(self.store.near_zero(checkpoint)[place])
+        tiling, undecided = self.plan.tiling, 0
+        for i, j in tiling.upper():
+            tile = self.store.read("cosine", checkpoint, tiling.examples(i), tiling.examples(j))
+            below = (np.abs(tile) < bound) & (tile != 0)  # exactly 0: a gradient is zero
+            undecided += int(np.triu(below, 1).sum() if i == j else below.sum())
+            if sums is not None:
+                sums.add(tiling.examples(i), tiling.examples(j), tile)
+        return bound, undecided
 
     def _class_sums(self, checkpoint: Checkpoint, n_parameters: int) -> ClassSums | None:
         """Return room for sums by class, if this checkpoint is checked as a whole."""
@@ -321,15 +359,21 @@ class Replica:
         for group in _groups(strips, plan.panel_rows // plan.strip):
             held = [(row, strip, self._rows(task, strip, make)) for row, strip in group]
             for row, strip, rows in held:
+                self._note_zeros(strip, rows)
                 if row == task.column:  # a product with itself is known to be symmetric
                     fill(row, strip, strip, product(rows, rows))
             for across in pieces(columns, plan.strip):
                 # Neither what lies below the diagonal nor what is on it.
                 wanting = [h for h in held if h[0] != task.column or across.start >= h[1].stop]
                 for block, block_rows in self._blocks(task, across, make) if wanting else ():
+                    self._note_zeros(block, block_rows)
                     for row, strip, rows in wanting:
                         fill(row, strip, block, product(rows, block_rows))
         self._work.tiles = {row: values.numpy() for row, values in tiles.items()}
+
+    def _note_zeros(self, examples: slice, rows: Rows) -> None:
+        if self._work.zero is not None:
+            self._work.zero[examples] = (rows.norm == 0).cpu().numpy()
 
     def _rows(self, task: Task, strip: slice, make: MakeRows) -> Rows:
         """Return the rows of a strip, from memory if they are held."""
@@ -364,11 +408,28 @@ class Replica:
                 tile = np.triu(tile) + np.triu(tile, 1).T
                 if task.kind == "distance":
                     np.fill_diagonal(tile, 0)
-            else:
+            if self._folding is not None:
+                self._write_sums(_required(checkpoint), (row, task.column), tile, work)
+                continue
+            if row != task.column:
                 self.store.write_tile(name, checkpoint, (task.column, row), tiling, tile.T)
                 work.bytes_written += tile.nbytes
             self.store.write_tile(name, checkpoint, (row, task.column), tiling, tile)
             work.bytes_written += tile.nbytes
+
+    def _write_sums(
+        self, checkpoint: Checkpoint, tile: Tile, cosine: np.ndarray, work: _Work
+    ) -> None:
+        assert self._folding is not None
+        assert work.zero is not None
+        tiling = self.plan.tiling
+        rows, columns = map(tiling.examples, tile)
+        for place, sums in zip(
+            (tile, tile[::-1]), self._folding.tile(rows, columns, cosine, work.zero), strict=True
+        ):
+            if sums is not None:
+                self.store.write_sums(checkpoint, place, tiling, sums)
+                work.bytes_written += sums.class_sums.nbytes + sums.distance_sums.nbytes
 
     # What a checkpoint needs
 

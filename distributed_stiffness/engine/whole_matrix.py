@@ -82,6 +82,10 @@ class ClassSums:
         else:
             self.totals += part + part.T
 
+    def add_examples(self, sums: np.ndarray) -> None:
+        """Count sums of each example's pairs with others, by class of these: (N, all classes)."""
+        self.totals += self._member_NC.T @ sums[:, self.classes]
+
     def means(self, is_zero: np.ndarray) -> np.ndarray:
         """Return the mean cosine of each pair of classes, (C, C); NaN where there is no pair.
 

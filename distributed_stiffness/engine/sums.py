@@ -1,0 +1,175 @@
+"""What a study that keeps sums writes in place of a tile (docs/design/0007-sums.md).
+
+A tile (I, J) becomes sums over the pairs of each example of I with those of J, by class and by
+distance, and a count of its pairs near zero. Each has one place in the store, so that a tile which
+is done twice is written twice and counted once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from distributed_stiffness.analysis.pairs import Labels
+from distributed_stiffness.analysis.reduced import fold
+from distributed_stiffness.data.selection import StudyData
+from distributed_stiffness.errors import StudyError
+from distributed_stiffness.gradients.gram import folded_product
+from distributed_stiffness.store import EXPONENTS
+
+_SAMPLE = 1000  # examples whose distances say where the bins are
+_MARGIN = 1.1  # the largest distance of all against that of the sample
+
+
+@dataclass(frozen=True)
+class TileSums:
+    """What is kept of one tile (I, J)."""
+
+    class_sums: np.ndarray  # (i, splits, C, S) float64
+    distance_sums: np.ndarray  # (i, splits, r, k, S) float64
+    near_zero: np.ndarray  # (exponents,) int64, pairs with 0 < |cosine| < 2**exponent
+
+
+class Folding:
+    """Turns tiles into sums.
+
+    Args:
+        data: of the study.
+        edges: of the distance bins; what lies beyond the outermost is counted in these bins.
+    """
+
+    def __init__(self, data: StudyData, edges: np.ndarray) -> None:
+        self.data, self.edges = data, edges
+        self.splits = splits_of(data)
+        self._split = np.array([self.splits.index(name) for name in data.split])
+        self._classes = np.asarray(data.examples.labels, dtype=np.int64)
+
+    def tile(
+        self, rows: slice, columns: slice, cosine: np.ndarray, zero: np.ndarray
+    ) -> tuple[TileSums, TileSums | None]:
+        """Return what is kept of a tile (I, J), and of its mirror (J, I) if it is another.
+
+        Args:
+            rows: examples of I.
+            columns: examples of J.
+            cosine: (i, j) float32.
+            zero: examples without a gradient, (N,).
+        """
+        distance = np.clip(distances(self.data, rows, columns), self.edges[0], self.edges[-1])
+        near_zero = count_near_zero(cosine, diagonal=rows == columns)
+        tile = self._folded(rows, columns, cosine, distance, zero, near_zero)
+        if rows == columns:
+            return tile, None
+        # The transposed halves are copied: sums go along the rows.
+        turned = np.ascontiguousarray(cosine.T), np.ascontiguousarray(distance.T)
+        return tile, self._folded(columns, rows, *turned, zero, np.zeros_like(near_zero))
+
+    def _folded(
+        self,
+        rows: slice,
+        columns: slice,
+        cosine: np.ndarray,
+        distance: np.ndarray,
+        zero: np.ndarray,
+        near_zero: np.ndarray,
+    ) -> TileSums:
+        place = np.arange(len(zero))
+        labels = Labels(
+            rows=place[rows],
+            columns=place[columns],
+            row_groups=self._classes[rows],
+            column_groups=self._classes[columns],
+            row_zero=zero[rows],
+            column_zero=zero[columns],
+        )
+        by_class, by_distance = fold(
+            cosine,
+            distance,
+            labels,
+            self._split[columns],
+            n_splits=len(self.splits),
+            n_classes=self.data.labelled.n_classes,
+            edges=self.edges,
+        )
+        return TileSums(by_class, by_distance, near_zero)
+
+
+def splits_of(data: StudyData) -> list[str]:
+    """Return the splits that the examples are of, in order."""
+    return list(dict.fromkeys(data.split))
+
+
+def distances(data: StudyData, rows: slice | np.ndarray, columns: slice | np.ndarray) -> np.ndarray:
+    """Return 1 − x_i·x_j/(|x_i||x_j|) of inputs as the network sees them, (i, j) float32."""
+    X, Y = _unit_inputs(data, rows), _unit_inputs(data, columns)
+    found: np.ndarray = (1 - folded_product(X, Y).clamp_(-1.0, 1.0)).numpy()
+    return found
+
+
+def _unit_inputs(data: StudyData, examples: slice | np.ndarray) -> torch.Tensor:
+    X = torch.from_numpy(data.features(examples))
+    length = torch.linalg.vector_norm(X, dim=1, dtype=torch.float64)
+    return X / torch.where(length > 0, length, 1.0).unsqueeze(1).to(X.dtype)
+
+
+def bin_edges(data: StudyData, bins: int) -> np.ndarray:
+    """Return equal bins over the distances that a sample of the examples has, and a margin.
+
+    Raises:
+        StudyError: there is no bin.
+    """
+    if bins < 1:
+        raise StudyError(f"distance_bins is {bins}: expected 1 or more")
+    n = data.n_examples
+    sample = np.sort(np.random.default_rng(0).choice(n, size=min(n, _SAMPLE), replace=False))
+    found = distances(data, sample, sample)
+    largest = min(2.0, _MARGIN * float(found.max(initial=0.0)))
+    return np.linspace(0.0, largest if largest > 0 else 2.0, bins + 1)
+
+
+def count_near_zero(cosine: np.ndarray, *, diagonal: bool) -> np.ndarray:
+    """Count the pairs with 0 < |cosine| < 2**e for each exponent e, (exponents,) int64.
+
+    Of a tile on the diagonal each pair is counted once.
+    """
+    found = np.zeros(len(EXPONENTS), dtype=np.int64)
+    for start in range(0, len(cosine), 128):
+        rows = cosine[start : start + 128]
+        some = np.triu(rows, start + 1) if diagonal else rows
+        exponent = np.frexp(some)[1][some != 0]
+        found += np.bincount(
+            np.clip(exponent - EXPONENTS[0], 0, len(EXPONENTS) - 1), minlength=len(EXPONENTS)
+        )
+    return found.cumsum()
+
+
+def rounded_up(bound: float) -> tuple[float, int]:
+    """Return the smallest power of two that is no less than a bound, and its place."""
+    k = int(np.searchsorted(2.0**EXPONENTS, bound))
+    k = min(k, len(EXPONENTS) - 1)
+    return float(2.0 ** EXPONENTS[k]), k
+
+
+def pair_reader(
+    product: Callable[[np.ndarray, np.ndarray], np.ndarray], size: int
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Return what `error_bound.sample_examples` reads cosines with, where none are stored.
+
+    Args:
+        product: makes the gradients of some examples and some others, and their cosines.
+        size: examples whose gradients are made at a time.
+    """
+
+    def read(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        found = np.empty((len(rows), len(columns)), dtype=np.float32)
+        for i in range(0, len(rows), size):
+            for j in range(0, len(columns), size):
+                found[i : i + size, j : j + size] = product(
+                    rows[i : i + size], columns[j : j + size]
+                )
+        return found
+
+    return read
