@@ -33,8 +33,8 @@ from distributed_stiffness.factories import import_loss
 from distributed_stiffness.gradients.batches import Nest, from_numpy, map_tensors
 from distributed_stiffness.gradients.error_bound import HALF, error_bound, sample_examples
 from distributed_stiffness.gradients.gram import Rows, collect, cosine, folded_product
-from distributed_stiffness.gradients.matrices import class_cosine_matrix
 from distributed_stiffness.gradients.per_example import PerExampleGradients
+from distributed_stiffness.gradients.reference import Reference
 from distributed_stiffness.plan import BLOCK_SHARE, ROWS_SHARE, Plan
 from distributed_stiffness.store import Store, training_run
 from distributed_stiffness.study import Study
@@ -313,18 +313,16 @@ class Replica:
             GradientError: they differ by more than the error bound explains.
         """
         gradients = self._gradients_of(checkpoint)
-        examples = np.flatnonzero(np.isin(sums.labels, sums.classes))
-        parts = np.array_split(examples, math.ceil(len(examples) / self.plan.batch))
-        expected = class_cosine_matrix(
-            gradients.model,
-            self.loss,
-            (self._examples(part) for part in parts),
-            torch.from_numpy(np.searchsorted(sums.classes, sums.labels[examples])),
-            parameters=list(gradients.parameters),
-            memory=int(BLOCK_SHARE * self.plan.memory),
-        )
+        reference = Reference(gradients.model, self.loss, list(gradients.parameters))
         (norm,) = self.store.numbers(checkpoint, "gradient_norm")
-        return sums.compare(expected.values, is_zero=norm == 0, bound=bound)
+        totals = torch.zeros(len(sums.classes), reference.n_parameters, dtype=torch.float64)
+        for total, label in zip(totals, sums.classes, strict=True):
+            examples = np.flatnonzero(sums.labels == label)
+            for part in np.array_split(examples, math.ceil(len(examples) / self.plan.batch)):
+                norms = torch.from_numpy(norm[part])
+                total += reference.unit_sum(*self._examples(part), norms).cpu()
+        products = (totals @ totals.T).numpy()
+        return sums.compare(products, is_zero=norm == 0, bound=bound)
 
     def _curves(self, checkpoint: Checkpoint) -> dict[str, float]:
         """Return mean loss and accuracy of the examples, by split: no training measured them."""

@@ -1,7 +1,8 @@
 """The whole-matrix check: every stored pair at once against sums that need no pair.
 
 With unit gradients u and their sums U_a by class, the mean cosine of classes a and b is
-U_a·U_b/(n_a n_b), self-pairs left out where a = b (gradients/matrices.py, O(N·P)). The same means
+U_a·U_b/(n_a n_b), self-pairs left out where a = b. A sum is one backward pass of Σ loss_i/|g_i|, so
+that all of them cost as much as an epoch (`Reference.unit_sum`). The same means
 follow from the tiles. A tile of other examples, a block that was left out or one that was put in
 the wrong place moves them, wherever it is; a sample of pairs may miss it.
 """
@@ -16,7 +17,7 @@ from distributed_stiffness.errors import GradientError
 from distributed_stiffness.study import Study
 from distributed_stiffness.tiling import Checkpoint, all_checkpoints
 
-# Of numbers that lie in float32: a mean may be as exact as it likes.
+# What float32 norms and sums may add to the error of single cosines.
 ROUNDING = 1e-6
 SHARE = 4
 FEW_EXAMPLES = 1000
@@ -86,32 +87,36 @@ class ClassSums:
         """Count sums of each example's pairs with others, by class of these: (N, all classes)."""
         self.totals += self._member_NC.T @ sums[:, self.classes]
 
-    def means(self, is_zero: np.ndarray) -> np.ndarray:
+    def means(self, is_zero: np.ndarray, products: np.ndarray | None = None) -> np.ndarray:
         """Return the mean cosine of each pair of classes, (C, C); NaN where there is no pair.
 
         Args:
             is_zero: examples without a gradient, which are left out, (N,).
+            products: U_a·U_b, (C, C), to take in place of the stored sums.
         """
         n = (~is_zero) @ self._member_NC
-        totals, pairs = self.totals.copy(), np.outer(n, n)
-        totals[np.diag_indices_from(totals)] -= self.self_pairs
+        totals, self_pairs = self.totals.copy(), self.self_pairs
+        if products is not None:
+            totals, self_pairs = products.copy(), n  # u_i·u_i = 1
+        pairs = np.outer(n, n)
+        totals[np.diag_indices_from(totals)] -= self_pairs
         pairs[np.diag_indices_from(pairs)] -= n
         means = np.full_like(totals, np.nan)
         np.divide(totals, pairs, out=means, where=pairs > 0)
         return means
 
-    def compare(self, expected: np.ndarray, *, is_zero: np.ndarray, bound: float) -> ClassMeans:
+    def compare(self, products: np.ndarray, *, is_zero: np.ndarray, bound: float) -> ClassMeans:
         """Compare with means that need no pairs.
 
         Args:
-            expected: mean cosine of each pair of classes, (C, C).
+            products: U_a·U_b of sums of unit gradients, (C, C).
             is_zero: examples without a gradient, (N,).
             bound: on the error of one cosine.
 
         Raises:
             GradientError: they differ by more than twice the bound.
         """
-        difference = np.abs(self.means(is_zero) - expected)
+        difference = np.abs(self.means(is_zero) - self.means(is_zero, products))
         largest = float(np.nanmax(difference, initial=0.0))
         if largest > 2 * bound + ROUNDING:
             a, b = np.unravel_index(np.nanargmax(difference), difference.shape)

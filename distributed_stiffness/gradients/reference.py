@@ -95,6 +95,41 @@ class Reference:
                 row /= torch.where(size > 0, size, 1.0)
         return rows
 
+    def unit_sum(self, inputs: Nest, targets: Nest, norms: Tensor) -> Tensor:
+        """Return the sum of the examples' unit gradients, (P,) float64, in one backward pass.
+
+        It is the gradient of Σ loss_i / |g_i|, so that no example's own gradient is made.
+
+        Args:
+            inputs: N first.
+            targets: N first.
+            norms: |g_i| at true scale, (N,) float64; an example with 0 adds nothing.
+        """
+        device = next(iter(self.parameters.values())).device
+        batch = map_tensors(torch.clone, prepare(inputs, torch.float64, device))
+        targets = map_tensors(lambda t: t.to(device), targets)
+        norms = norms.to(device)
+        with torch.enable_grad():
+            if isinstance(self.same_direction, WholeLoss):
+                whole = batch if targets is None else (batch, targets)
+                values = self.same_direction.function(self.model, whole)
+            else:
+                values = self.same_direction(call(self.model, batch), targets)
+            log_weight = -torch.log(norms)
+            if self.same_direction is _log_odds:
+                # Cross-entropy is log(1 + exp(odds)): its slope there is less than 1.
+                log_weight = log_weight + nn.functional.logsigmoid(values.detach())
+            weight = torch.where(norms > 0, log_weight.exp(), 0.0)
+            grads = torch.autograd.grad(
+                (weight * values).sum(), list(self.parameters.values()), allow_unused=True
+            )
+        return torch.cat(
+            [
+                (torch.zeros_like(p) if g is None else g.to_dense()).flatten()
+                for p, g in zip(self.parameters.values(), grads, strict=True)
+            ]
+        )
+
     def cosines(self, inputs: Nest, targets: Nest, *, memory: int) -> Tensor:
         """cos(g_i, g_j) of all pairs, (N, N) float64, holding at most about `memory` bytes."""
         n = count_examples(inputs)

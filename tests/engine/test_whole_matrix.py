@@ -83,11 +83,12 @@ class TestSums:
         """
         sums = ClassSums(np.array([0, 0, 4, 4]), np.array([0, 4]))
         sums.add(slice(0, 4), slice(0, 4), np.ones((4, 4)))
-        expected, is_zero = np.array([[1, 1], [1, 1 - 1e-3]]), np.zeros(4, bool)
+        # Two examples a class: (|U|² − 2) / 2 is their mean cosine.
+        products, is_zero = np.array([[4, 4], [4, 4 - 2e-3]]), np.zeros(4, bool)
 
-        assert sums.compare(expected, is_zero=is_zero, bound=6e-4).largest_difference < 1.1e-3
+        assert sums.compare(products, is_zero=is_zero, bound=6e-4).largest_difference < 1.1e-3
         with pytest.raises(GradientError, match=r"classes 4 and 4.*0.001 away.*0.0004"):
-            sums.compare(expected, is_zero=is_zero, bound=4e-4)
+            sums.compare(products, is_zero=is_zero, bound=4e-4)
 
     def test_classes_are_as_many_as_may_be_made_again(self) -> None:
         """

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from distributed_stiffness.gradients import cosine_matrix
+from distributed_stiffness.gradients import cosine_matrix, gradient_norms
 from distributed_stiffness.gradients.error_bound import FLOOR, error_bound, sample_examples
 from distributed_stiffness.gradients.reference import Reference
 
@@ -146,3 +146,26 @@ class TestReference:
 
         expected = reference.cosine_matrix(model, reference.cross_entropy, x[:20], y[:20])
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+
+    @pytest.mark.parametrize("confidence", [1, 30, 200], ids="confidence {}".format)
+    @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+    def test_a_sum_of_unit_gradients_is_one_backward_pass(self, checkpoint, loss, confidence):
+        """
+        It equals the gradients one by one, scaled and added, also where 1 − p is below 1e-80; an
+        example without a gradient adds nothing.
+        """
+        model, x, y, _ = checkpoint
+        model[2].weight.data *= confidence
+        y = model(x).argmax(1)  # over-fitted: every example is right
+        if loss == "mse":
+            loss = lambda outputs, targets: (outputs.double()[:, 0] - targets) ** 2  # noqa: E731
+        found = Reference(model, loss, NAMES)
+        norms = gradient_norms(model, loss, (x, y), precision="float64")
+        norms = torch.from_numpy(norms.values).clone()
+        norms[3] = 0
+        expected = found.unit_gradients(x, y)
+
+        total = found.unit_sum(x, y, norms)
+
+        expected = expected.sum(0) - expected[3]
+        torch.testing.assert_close(total, expected, rtol=1e-6, atol=1e-8)
