@@ -514,6 +514,13 @@ def job(study: Study, *, store: str, description: str | None) -> None:
             str | None,
             typer.Option(help="FIRST:LAST, rows to compute now; a later run adds the rest."),
         ] = None,
+        reduce_only: Annotated[
+            bool,
+            typer.Option(
+                "--reduce-only",
+                help="Keep no pairs, only sums over each example's pairs by class and distance.",
+            ),
+        ] = study.keep == "sums",
         plan_only: Annotated[
             bool, typer.Option("--plan", help="Say what it will cost, and stop.")
         ] = False,
@@ -521,6 +528,8 @@ def job(study: Study, *, store: str, description: str | None) -> None:
         chosen = build_study(
             lambda: study.model_validate(
                 {
+                    "keep": "sums" if reduce_only else "pairs",
+                    "distance_bins": study.distance_bins,
                     "title": study.title
                     if (data_name, model) == (data.name, study.model.name)
                     else f"{data_name}, {model}",

@@ -180,7 +180,7 @@ class Study(Frozen):
     gradients: Gradients = Gradients()
     loss: str = "cross_entropy"  # or package.module:function of (outputs, targets) -> (N,)
     keep: Literal["pairs", "sums"] = "pairs"  # in the store; sums: over each example's pairs
-    distance_bins: int = Field(50, ge=1)  # of the sums
+    distance_bins: Annotated[int, Field(ge=1)] = 50  # of the sums
 
     @model_validator(mode="after")
     def _some_examples(self) -> Self:

@@ -394,7 +394,8 @@ class Job:
         return f"{self._name(task)}: {what}{where}"
 
     def _tiles_wanted(self) -> int:
-        return self.plan.tiling.n_tiles(self.rows) * (self.plan.n_checkpoints + 1)
+        matrices = self.plan.n_checkpoints + (self.study.keep == "pairs")  # and the distances
+        return self.plan.tiling.n_tiles(self.rows) * matrices
 
     def _tiles_there(self) -> int:
         missing = [self._tasks("distance", None)]

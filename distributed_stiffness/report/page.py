@@ -101,6 +101,7 @@ def write_report(
         training=_training_table(numbers),
         figures=[_figure(name, file) for name, file in figures.items()],
         store=store or "STORE",
+        keeps_pairs=numbers.attrs.get("keep", "pairs") == "pairs",
         versions=_mapping(numbers.attrs.get("versions")),
         revision=numbers.attrs.get("git_revision"),
         study=_pretty(numbers.attrs.get("study")),

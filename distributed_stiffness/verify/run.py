@@ -163,6 +163,12 @@ def _open(url: str) -> Store:
         store = Store(url)
         if "laid_out" not in store.attrs:
             raise StoreError(f"{url} was never laid out whole: the run that began it does that")
+        if store.keeps != "pairs":
+            raise StoreError(
+                f"{url} keeps sums, not pairs: they cannot be looked over one by one. Any reader is"
+                " told of flipped bytes (crc32c), and the attribute whole_matrix_check says how all"
+                " pairs of a checkpoint compared with sums that need none"
+            )
         lacking = _ATTRIBUTES - store.attrs.keys()
         if lacking:
             raise StoreError(f"{url} lacks the attributes {', '.join(sorted(lacking))}")
