@@ -261,6 +261,46 @@ def report(
 
 
 @app.command()
+def plot(
+    store: Annotated[str, typer.Argument(help="Path or URL of a store.")],
+    view: Annotated[str | None, typer.Argument(help="Which figure; without it, all are named.")] = (
+        None
+    ),
+    out: Annotated[
+        Path | None, typer.Option(help="A .png, .svg or .pdf; default: VIEW.png beside the store.")
+    ] = None,
+    learning_rates: Annotated[
+        str | None, typer.Option(help="Comma-separated, those to show; default: all.")
+    ] = None,
+    seed: Annotated[
+        str | None, typer.Option(help="Comma-separated; default: the mean over all.")
+    ] = None,
+    iterations: Annotated[
+        str | None, typer.Option(help="Comma-separated, those to show; default: all.")
+    ] = None,
+) -> None:
+    """Draw one figure of a store.
+
+    Example: stiffness plot results/demo.zarr class_matrices_sign --iterations 0,168 --out c.pdf
+    """
+    from distributed_stiffness.figures import VIEWS
+    from distributed_stiffness.report import plot
+
+    if view is None:
+        _say([f"{name}: {v.title}" for name, v in VIEWS.items()])
+        return
+    given = {
+        "learning_rate": learning_rates and _split("--learning-rates", learning_rates, float),
+        "seed": seed and _split("--seed", seed, float),
+        "iteration": iterations and _split("--iterations", iterations, float),
+    }
+    at = {dim: values for dim, values in given.items() if values}
+    with _interruptible(), Progress() as progress:
+        path = out or beside(store) / f"{view}.png"
+        _say([f"Figure: {plot(store, view, path, at=at, progress=progress)}"])
+
+
+@app.command()
 def verify(
     store: Annotated[str, typer.Argument(help="Path or URL of a store.")],
     repair: Annotated[

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 import xarray as xr
-from studies import hears_ctrl_c
+from studies import hears_ctrl_c, run_options, tiny_study
 
 from distributed_stiffness.cli import main
+from distributed_stiffness.engine import run_study
 
 ROOT = Path(__file__).parents[1]
 JOBS = sorted(path.name for path in (ROOT / "jobs").glob("*.py"))
@@ -232,6 +233,61 @@ class TestMistakes:
 
         assert ended.returncode == 1
         assert "none.zarr" in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small study with two rates and two iterations."""
+    store = tmp_path_factory.mktemp("plot") / "tiny.zarr"
+    run_study(tiny_study(), run_options(store))
+    return store
+
+
+class TestPlot:
+    def plot(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
+        return run("-m", "distributed_stiffness", "plot", *map(str, words))
+
+    def test_a_view_of_some_checkpoints_becomes_a_file_of_the_wanted_kind(
+        self, store: Path, tmp_path: Path
+    ) -> None:
+        """
+        `stiffness plot STORE VIEW`: chosen rates and iterations, a PDF where the name says so.
+        """
+        out = tmp_path / "new" / "curves.pdf"
+
+        ended = self.plot(store, "stiffness_curves", "--learning-rates=0.01", "--out", out)
+
+        assert ended.returncode == 0, ended.stderr
+        assert str(out) in ended.stdout
+        assert out.read_bytes().startswith(b"%PDF")
+
+    def test_without_a_view_all_are_named(self, store: Path) -> None:
+        """
+        Each with what it shows.
+        """
+        ended = self.plot(store)
+
+        assert ended.returncode == 0
+        assert "stiffness_curves: Stiffness over training" in ended.stdout
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["nothing"], "no view 'nothing'"),
+            (["stiffness_curves", "--out=x.doc"], "'x.doc'"),
+            (["superclass_matrices_sign"], "no numbers for 'superclass_matrices_sign'"),
+            (["stiffness_curves", "--iterations=7"], "no iteration 7: it has 0, 30"),
+        ],
+    )
+    def test_what_cannot_be_drawn_is_said(self, store: Path, words: list[str], said: str) -> None:
+        """
+        And what can be.
+        """
+        ended = self.plot(store, *words)
+
+        assert ended.returncode == 1
+        assert said in ended.stderr.replace("\n", " ")
         assert "Traceback" not in ended.stderr
 
 

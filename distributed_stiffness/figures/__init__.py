@@ -12,8 +12,11 @@ from distributed_stiffness.figures.heatmap import (
 )
 from distributed_stiffness.figures.profile import profiles
 from distributed_stiffness.figures.style import save
+from distributed_stiffness.figures.views import VIEWS, View
 
 __all__ = [
+    "VIEWS",
+    "View",
     "class_matrices",
     "draw_all",
     "learning_rate_matrices",

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import xarray as xr
-from matplotlib.figure import Figure
 
 from distributed_stiffness.analysis import Summary, summary
-from distributed_stiffness.figures.curves import stiffness_curves
-from distributed_stiffness.figures.heatmap import class_matrices, superclass_matrices
-from distributed_stiffness.figures.profile import profiles
-from distributed_stiffness.figures.style import MEANING, save
+from distributed_stiffness.figures.style import save
+from distributed_stiffness.figures.views import VIEWS
 from distributed_stiffness.progress import Progress
 
 
@@ -33,31 +28,13 @@ def draw_all(
         distance_profile.
     """
     numbers = ds if isinstance(ds, Summary) else summary(ds, progress=progress)
-    figures = _figures(numbers)
+    figures = [view for view in VIEWS.values() if view.in_report and view.is_of(numbers)]
     phase = progress.phase("figures", len(figures), "figures") if progress else None
     paths = {}
-    for name, draw in figures.items():
-        paths[name] = save(draw(), Path(folder) / f"{name}.png")
+    for view in figures:
+        paths[view.name] = save(view.draw(numbers), Path(folder) / f"{view.name}.png")
         if phase:
             phase.advance()
     if phase:
         phase.close()
     return paths
-
-
-def _figures(numbers: Summary) -> dict[str, Callable[[], Figure]]:
-    """Return how to draw each figure that there are numbers for."""
-    figures: dict[str, Callable[[], Figure]] = {
-        f"class_matrices_{measure}": partial(class_matrices, numbers.class_matrix, measure)
-        for measure in MEANING
-    }
-    if numbers.superclass_matrix is not None:
-        for measure in MEANING:
-            name = f"superclass_matrices_{measure}"
-            figures[name] = partial(superclass_matrices, numbers.superclass_matrix, measure)
-    figures["stiffness_curves"] = partial(stiffness_curves, numbers.within_between, numbers.curves)
-    if numbers.distance_profile is not None:
-        figures["distance_profile"] = partial(
-            profiles, numbers.distance_profile, length=numbers.critical_length
-        )
-    return figures

@@ -32,10 +32,10 @@ def style() -> Iterator[None]:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG; its folder is made."""
+    """Write a figure in the format that its suffix says (.png, .svg, .pdf); its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with style():
-        figure.savefig(path, format="png")
+        figure.savefig(path)
     return path
 
 

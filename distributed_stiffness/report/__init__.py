@@ -2,6 +2,6 @@
 
 from distributed_stiffness.report.findings import findings
 from distributed_stiffness.report.page import write_report
-from distributed_stiffness.report.present import present
+from distributed_stiffness.report.present import plot, present
 
-__all__ = ["findings", "present", "write_report"]
+__all__ = ["findings", "plot", "present", "write_report"]

@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 
 from distributed_stiffness.analysis import Summary, summary
+from distributed_stiffness.figures import VIEWS
 from distributed_stiffness.figures.checkpoints import of_seed, seeds_note, with_run_dims
 from distributed_stiffness.report.findings import (
     errors_note,
@@ -22,43 +23,6 @@ from distributed_stiffness.report.findings import (
     measured,
     number,
 )
-
-_CAPTIONS: Mapping[str, tuple[str, str]] = {
-    "class_matrices_sign": (
-        "Class matrices, sign stiffness",
-        "Each cell is the share of pairs of two classes that help each other, minus the share that"
-        " harm each other; self-pairs are left out. Look at the diagonal first (a class with"
-        " itself), then for blocks of classes that help (red) or harm (blue) each other. White is"
-        " 0, and all panels have one scale.",
-    ),
-    "class_matrices_cosine": (
-        "Class matrices, cosine stiffness",
-        "The same pairs, each with its cosine in place of its sign: how much they help, not only"
-        " how often.",
-    ),
-    "superclass_matrices_sign": (
-        "Super-class matrices, sign stiffness",
-        "Pairs of examples by super-class, which no label told the network. A diagonal that stands"
-        " out more than its classes alone would make it shows that it found them.",
-    ),
-    "superclass_matrices_cosine": (
-        "Super-class matrices, cosine stiffness",
-        "The same with cosines.",
-    ),
-    "stiffness_curves": (
-        "Stiffness over training",
-        "Above, the means within and between classes, each ± one standard error over examples (the"
-        " band); below, loss and accuracy on the same axis of steps. Stiffness that falls towards 0"
-        " while the validation loss turns upwards is the paper's mark of over-fitting.",
-    ),
-    "distance_profile": (
-        "Stiffness against input distance",
-        "Mean stiffness of two examples of one class against the cosine distance of their inputs."
-        " Bands, and the bars at ξ, are ± one standard error over examples. A triangle marks the"
-        " critical length ξ, the zero of a line fitted to all bins; without one the line does not"
-        " fall by more than two of its errors, or reaches zero outside the distances that occur.",
-    ),
-}
 
 Table = dict[str, Any]  # head: names of columns, rows: cells as text
 
@@ -239,9 +203,9 @@ def _undecided(at: xr.Dataset) -> str:
 
 
 def _figure(name: str, file: Path) -> dict[str, str]:
-    title, caption = _CAPTIONS.get(name, (name.replace("_", " ").capitalize(), ""))
+    view = VIEWS[name]
     data = base64.b64encode(Path(file).read_bytes()).decode("ascii")
-    return {"name": name, "title": title, "caption": caption, "data": data}
+    return {"name": name, "title": view.title, "caption": view.caption, "data": data}
 
 
 def _mapping(value: Any) -> dict[str, str]:

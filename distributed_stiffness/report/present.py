@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import xarray as xr
 
 from distributed_stiffness.analysis import summary
-from distributed_stiffness.errors import StoreError
-from distributed_stiffness.figures import draw_all
+from distributed_stiffness.errors import DataError, StoreError
+from distributed_stiffness.figures import VIEWS, draw_all, save
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.report.findings import findings
 from distributed_stiffness.report.page import write_report
+
+SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def present(store: str, folder: str | Path, progress: Progress | None = None) -> list[str]:
@@ -29,12 +33,7 @@ def present(store: str, folder: str | Path, progress: Progress | None = None) ->
         StoreError: there is no store there.
         DataError: it lacks what the figures need.
     """
-    try:
-        ds = xr.open_zarr(store, chunks={})
-    except FileNotFoundError as error:
-        raise StoreError(
-            f"there is no store at {store}: give the path or URL of one that a study wrote"
-        ) from error
+    ds = _open(store)
     folder = Path(folder)
     numbers = summary(ds, progress=progress)
     figures = draw_all(numbers, folder, progress)
@@ -45,3 +44,67 @@ def present(store: str, folder: str | Path, progress: Progress | None = None) ->
         f"Figures: {folder} ({', '.join(path.name for path in figures.values())})",
         f"Store: {store}, opens with xarray.open_zarr",
     ]
+
+
+def plot(
+    store: str,
+    view: str,
+    path: str | Path,
+    *,
+    at: Mapping[str, Sequence[float]] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Draw one view of a store.
+
+    Args:
+        store: path or URL.
+        view: one of `figures.VIEWS`.
+        path: where the figure goes; its suffix says the format: .png, .svg or .pdf.
+        at: learning rates, seeds or iterations that are looked at, by dimension; others: all.
+        progress: shows how far it is.
+
+    Returns:
+        `path`.
+
+    Raises:
+        StoreError: there is no store there.
+        DataError: there is no such view, format or checkpoint, or the store lacks its numbers.
+    """
+    path = Path(path)
+    if view not in VIEWS:
+        raise DataError(f"there is no view {view!r}: expected one of {', '.join(VIEWS)}")
+    if path.suffix.lower() not in SUFFIXES:
+        raise DataError(
+            f"a figure cannot be written as {path.name!r}: expected a name that ends in"
+            f" {', '.join(SUFFIXES)}"
+        )
+    numbers = summary(_at(_open(store), at or {}), progress=progress)
+    if not VIEWS[view].is_of(numbers):
+        there = ", ".join(name for name, v in VIEWS.items() if v.is_of(numbers))
+        raise DataError(f"{store} has no numbers for {view!r}; it has for {there}")
+    return save(VIEWS[view].draw(numbers), path)
+
+
+def _open(store: str) -> xr.Dataset:
+    try:
+        found: xr.Dataset = xr.open_zarr(store, chunks={})
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"there is no store at {store}: give the path or URL of one that a study wrote"
+        ) from error
+    return found
+
+
+def _at(ds: xr.Dataset, wanted: Mapping[str, Sequence[float]]) -> xr.Dataset:
+    """Keep some checkpoints."""
+    for dim, values in wanted.items():
+        known = ds[dim].values
+        places = [np.flatnonzero(np.isclose(known, value, rtol=1e-6, atol=0)) for value in values]
+        for value, found in zip(values, places, strict=True):
+            if not len(found):
+                raise DataError(
+                    f"the store has no {dim.replace('_', ' ')} {value:g}: it has"
+                    f" {', '.join(f'{k:g}' for k in known)}"
+                )
+        ds = ds.isel({dim: np.concatenate(places)})
+    return ds
