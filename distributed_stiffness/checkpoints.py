@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed_stiffness.errors import StoreError
+from distributed_stiffness.study import rate_in_words
 
 METRICS = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
 
@@ -38,11 +39,6 @@ class TrainingRun:
 
     def __str__(self) -> str:
         return f"learning rate {rate_in_words(self.learning_rate)}, seed {self.seed}"
-
-
-def rate_in_words(learning_rate: float) -> str:
-    """Write a learning rate; 0 is that of a checkpoint of which nobody said it."""
-    return f"{learning_rate:g}" if learning_rate else "not given"
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,13 @@ def _rate(value: float, info: ValidationInfo) -> float:
 
 
 NOT_GIVEN = 0.0  # the learning rate of a checkpoint of which nobody said it; no training has it
+
+
+def rate_in_words(learning_rate: float) -> str:
+    """Write a learning rate for people."""
+    return "not given" if learning_rate == NOT_GIVEN else f"{learning_rate:g}"
+
+
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_rate)]
 
 # Raised by one whenever the gradient code can give other numbers for the same study.

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from distributed_stiffness.analysis.sums import SUMS
-from distributed_stiffness.checkpoints import rate_in_words
 from distributed_stiffness.data.selection import StudyData, select
 from distributed_stiffness.engine.job import Job
 from distributed_stiffness.engine.lease import Lease
@@ -36,7 +35,7 @@ from distributed_stiffness.store import (
     refuse_another_study,
     stored_plan,
 )
-from distributed_stiffness.study import Study
+from distributed_stiffness.study import Study, rate_in_words
 from distributed_stiffness.tiling import default_tile_of_sums
 from distributed_stiffness.training import build_model
 

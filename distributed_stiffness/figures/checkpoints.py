@@ -9,6 +9,7 @@ import xarray as xr
 
 from distributed_stiffness.analysis import over_seeds
 from distributed_stiffness.errors import DataError
+from distributed_stiffness.study import rate_in_words
 
 RUN = ("learning_rate", "seed", "iteration")
 MOST_STAGES = 6
@@ -77,7 +78,7 @@ def stage_title(at: xr.DataArray) -> str:
 
 def rate_title(learning_rate: float) -> str:
     """Name a learning rate."""
-    return f"learning rate {learning_rate:g}"
+    return f"learning rate {rate_in_words(learning_rate)}"
 
 
 def details(ds: xr.Dataset, *more: str) -> str:

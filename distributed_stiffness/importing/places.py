@@ -16,9 +16,8 @@ from typing import Any
 
 import fsspec
 
-from distributed_stiffness.checkpoints import rate_in_words
 from distributed_stiffness.errors import CheckpointError
-from distributed_stiffness.study import NOT_GIVEN
+from distributed_stiffness.study import NOT_GIVEN, rate_in_words
 
 FIELDS = ("learning_rate", "seed", "iteration")
 _FIELD_OF = {

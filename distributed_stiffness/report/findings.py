@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from distributed_stiffness.analysis import Summary, over_seeds
-from distributed_stiffness.figures.checkpoints import of_seed, with_run_dims
+from distributed_stiffness.figures.checkpoints import of_seed, rate_title, with_run_dims
 
 # Sign stiffness nearer to 0 than this is called no effect: 1 pair in 20.
 SMALL = 0.05
@@ -28,14 +28,16 @@ def findings(summary: Summary) -> list[str]:
     lines = []
     for rate in relations["learning_rate"].values:
         one = relations.sel(learning_rate=rate)
-        name = f"Learning rate {rate:g}" + (f" (mean of {n_seeds} seeds)" if n_seeds > 1 else "")
+        name = rate_title(rate).capitalize() + (
+            f" (mean of {n_seeds} seeds)" if n_seeds > 1 else ""
+        )
         done = one["iteration"].values[one["sign"].notnull().all("relation")]
         if not done.size:
             lines.append(f"{name}: no checkpoint is computed yet.")
             continue
         lines.append(f"{name}, {_within_between(one, done)}")
         last = {"learning_rate": rate, "iteration": done[-1]}
-        at = f"Learning rate {rate:g}, step {done[-1]:,}: "
+        at = f"{rate_title(rate).capitalize()}, step {done[-1]:,}: "
         more = _gap(relations.sel(last)) + _class_pairs(matrices.sel(last))
         if summary.superclass_contrast is not None:
             more += _superclasses(of_seed(summary.superclass_contrast, None).sel(last))
@@ -270,8 +272,8 @@ def _undecided(curves: xr.Dataset) -> str:
     share_text = share_text.capitalize() if share_text.startswith("less") else f"Up to {share_text}"
     return (
         f"{share_text} of all pairs have a cosine within its error bound of 0, so that their sign"
-        f" is open (most at step {int(at['iteration']):,}, learning rate"
-        f" {float(at['learning_rate']):g})."
+        f" is open (most at step {int(at['iteration']):,},"
+        f" {rate_title(float(at['learning_rate']))})."
     )
 
 

@@ -23,6 +23,7 @@ from distributed_stiffness.report.findings import (
     measured,
     number,
 )
+from distributed_stiffness.study import rate_in_words
 
 Table = dict[str, Any]  # head: names of columns, rows: cells as text
 
@@ -82,7 +83,7 @@ def _facts(numbers: Summary) -> dict[str, str]:
     attrs, matrix = numbers.attrs, with_run_dims(numbers.class_matrix)
     source = attrs.get("dataset_source")
     n = numbers.sizes["example"]
-    rates = ", ".join(f"{rate:g}" for rate in matrix["learning_rate"].values)
+    rates = ", ".join(rate_in_words(rate) for rate in matrix["learning_rate"].values)
     seeds = ", ".join(map(str, matrix["seed"].values))
     steps = ", ".join(f"{step:,}" for step in matrix["iteration"].values)
     facts = {
@@ -132,7 +133,7 @@ def _stages_table(numbers: Summary) -> Table:
                     measured(at, f"{measure}_gap", digits),
                 )
             ]
-            rows.append([f"{rate:g}", f"{step:,}", *cells, f"{int(at['pairs'].sum()):,}"])
+            rows.append([rate_in_words(rate), f"{step:,}", *cells, f"{int(at['pairs'].sum()):,}"])
     columns = [f"{m}, {r}" for m in ("sign", "cosine") for r in ("within", "between", "gap")]
     return {
         "head": ["learning rate", "step", *columns, "pairs"],
@@ -152,7 +153,7 @@ def _lengths_table(numbers: Summary) -> Table | None:
             for step in length["iteration"].values:
                 at = length.sel(learning_rate=rate, seed=seed, iteration=step)
                 cells = [cell for measure in ("sign", "cosine") for cell in _fit(at, measure)]
-                rows.append([f"{rate:g}", str(seed), f"{step:,}", *cells])
+                rows.append([rate_in_words(rate), str(seed), f"{step:,}", *cells])
     columns = [f"{c}, {m}" for m in ("sign", "cosine") for c in ("ξ", "interval", "slope")]
     return {"head": ["learning rate", "seed", "step", *columns], "rows": rows}
 
@@ -187,7 +188,7 @@ def _training_table(numbers: Summary) -> Table:
                 cells = [number(float(at[name]), columns[name][1]) for name in there]
                 if bounds:
                     cells += [_bound(float(at["error_bound"])), _undecided(at)]
-                rows.append([f"{rate:g}", str(seed), f"{step:,}", *cells])
+                rows.append([rate_in_words(rate), str(seed), f"{step:,}", *cells])
     head = ["learning rate", "seed", "step", *(columns[name][0] for name in there)]
     return {"head": head + (["error bound", "undecided pairs"] if bounds else []), "rows": rows}
 
