@@ -84,7 +84,7 @@ def default_tile(n_examples: int) -> int:
 
 def default_tile_of_sums(n_examples: int) -> int:
     """Return a larger edge where only sums of a tile are kept: they take less in fewer tiles."""
-    return max(default_tile(n_examples), min(math.ceil(n_examples / 12), 4096))
+    return max(default_tile(n_examples), min(math.ceil(n_examples / 6), 4096))
 
 
 def pieces(examples: slice, size: int) -> Iterator[slice]:

@@ -8,7 +8,6 @@ same numbers. A run with `--reduce-only` writes such a store from the start.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import dask.array as da
@@ -18,7 +17,6 @@ import xarray as xr
 from distributed_stiffness.analysis.distance import (
     _bin_coordinates,
     binned_sums,
-    binned_sums_of_pairs,
     distance_edges,
 )
 from distributed_stiffness.analysis.pairs import (
@@ -26,14 +24,13 @@ from distributed_stiffness.analysis.pairs import (
     DISTANCE_SUMS,
     OTHER_SPLIT,
     SUMS_DIMS,
-    Labels,
     Splits,
     grouping,
     leading_dims,
     select,
     with_labels_in_memory,
 )
-from distributed_stiffness.analysis.sums import SUMS, grouped_sums, sums_of_pairs
+from distributed_stiffness.analysis.sums import SUMS, grouped_sums
 
 BINS = 50
 RELATIONS = ("within", "between")
@@ -103,53 +100,6 @@ def sums_coordinates(classes: Sequence[str], splits: Sequence[str]) -> dict[str,
 def distance_coordinates(edges: np.ndarray) -> dict[str, Any]:
     """Return the coordinates of the dimensions of distance sums."""
     return {"relation": _text(RELATIONS)} | _bin_coordinates(edges)
-
-
-def fold(
-    cosine: np.ndarray,
-    distance: np.ndarray | None,
-    labels: Labels,
-    column_splits: np.ndarray,
-    *,
-    n_splits: int,
-    n_classes: int,
-    edges: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sum one tile over its columns: what a run keeps of it.
-
-    Args:
-        cosine: (i, j).
-        distance: (i, j), or None for no distance sums.
-        labels: of its rows and columns; groups are classes.
-        column_splits: split of each column (j,), from 0.
-        n_splits: of the study.
-        n_classes: of the study.
-        edges: of the distance bins.
-
-    Returns:
-        Class sums (i, splits, C, S) and distance sums (i, splits, r, k, S), float64.
-    """
-    by_class, by_distance = [], []
-    for split in range(n_splits):
-        chosen = np.flatnonzero(column_splits == split)
-        everything = len(chosen) == len(column_splits)
-        columns = slice(None) if everything else chosen
-        part = labels if everything else _columns_of(labels, columns)
-        by_class.append(sums_of_pairs(cosine[:, columns], part, n_classes))
-        if distance is not None:
-            pairs = cosine[:, columns], distance[:, columns]
-            by_distance.append(binned_sums_of_pairs(*pairs, part, edges))
-    empty = np.empty((len(cosine), n_splits, 2, 0, len(SUMS)))
-    return np.stack(by_class, 1), np.stack(by_distance, 1) if by_distance else empty
-
-
-def _columns_of(labels: Labels, columns: Any) -> Labels:
-    return replace(
-        labels,
-        columns=labels.columns[columns],
-        column_groups=labels.column_groups[columns],
-        column_zero=labels.column_zero[..., columns],
-    )
 
 
 def _splits(ds: xr.Dataset) -> list[str] | None:

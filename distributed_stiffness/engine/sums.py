@@ -12,14 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from distributed_stiffness.analysis.pairs import Labels
-from distributed_stiffness.analysis.reduced import fold
+from distributed_stiffness.analysis.sums import SUMS
 from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.errors import StudyError
 from distributed_stiffness.gradients.gram import folded_product
 from distributed_stiffness.store import EXPONENTS
 
+SLAB = 32  # rows folded at a time
+LARGEST = 2**22  # places of sums that are worked on at a time
+_ZERO, _KINDS = 3, 4  # pairs that harm, do neither, help; and those with a zero gradient
 _SAMPLE = 1000  # examples whose distances say where the bins are
 _MARGIN = 1.1  # the largest distance of all against that of the sample
 
@@ -30,7 +33,7 @@ class TileSums:
 
     class_sums: np.ndarray  # (i, splits, C, S) float64
     distance_sums: np.ndarray  # (i, splits, r, k, S) float64
-    near_zero: np.ndarray  # (exponents,) int64, pairs with 0 < |cosine| < 2**exponent
+    near_zero: np.ndarray  # (exponents,) int64, pairs with 0 < |cosine| < 2**exponent, once each
 
 
 class Folding:
@@ -44,8 +47,10 @@ class Folding:
     def __init__(self, data: StudyData, edges: np.ndarray) -> None:
         self.data, self.edges = data, edges
         self.splits = splits_of(data)
-        self._split = np.array([self.splits.index(name) for name in data.split])
-        self._classes = np.asarray(data.examples.labels, dtype=np.int64)
+        self.n_classes = data.labelled.n_classes
+        split = torch.tensor([self.splits.index(name) for name in data.split])
+        self._classes = torch.from_numpy(np.array(data.examples.labels, dtype=np.int64))
+        self._groups = split * self.n_classes + self._classes
 
     def tile(
         self, rows: slice, columns: slice, cosine: np.ndarray, zero: np.ndarray
@@ -55,46 +60,70 @@ class Folding:
         Args:
             rows: examples of I.
             columns: examples of J.
-            cosine: (i, j) float32.
+            cosine: (i, j) float32, finite.
             zero: examples without a gradient, (N,).
         """
-        distance = np.clip(distances(self.data, rows, columns), self.edges[0], self.edges[-1])
-        near_zero = count_near_zero(cosine, diagonal=rows == columns)
-        tile = self._folded(rows, columns, cosine, distance, zero, near_zero)
+        C, D = torch.from_numpy(cosine), distances(self.data, rows, columns)
+        gone = torch.from_numpy(zero)
+        tile = self._folded(rows, columns, C, D, gone)
+        near_zero = count_near_zero(C, diagonal=rows == columns)
         if rows == columns:
-            return tile, None
-        # The transposed halves are copied: sums go along the rows.
-        turned = np.ascontiguousarray(cosine.T), np.ascontiguousarray(distance.T)
-        return tile, self._folded(columns, rows, *turned, zero, np.zeros_like(near_zero))
+            return TileSums(*tile, near_zero), None
+        mirror = self._folded(columns, rows, C.T.contiguous(), D.T.contiguous(), gone)
+        # Each pair is counted once.
+        return TileSums(*tile, near_zero), TileSums(*mirror, np.zeros_like(near_zero))
 
     def _folded(
-        self,
-        rows: slice,
-        columns: slice,
-        cosine: np.ndarray,
-        distance: np.ndarray,
-        zero: np.ndarray,
-        near_zero: np.ndarray,
-    ) -> TileSums:
-        place = np.arange(len(zero))
-        labels = Labels(
-            rows=place[rows],
-            columns=place[columns],
-            row_groups=self._classes[rows],
-            column_groups=self._classes[columns],
-            row_zero=zero[rows],
-            column_zero=zero[columns],
-        )
-        by_class, by_distance = fold(
-            cosine,
-            distance,
-            labels,
-            self._split[columns],
-            n_splits=len(self.splits),
-            n_classes=self.data.labelled.n_classes,
-            edges=self.edges,
-        )
-        return TileSums(by_class, by_distance, near_zero)
+        self, rows: slice, columns: slice, cosine: Tensor, distance: Tensor, zero: Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return class and distance sums of a tile, some rows at a time."""
+        step = max(SLAB, LARGEST // self._size)
+        parts = []
+        for start in range(0, len(cosine), step):
+            part = slice(start, start + step)
+            some = slice(rows.start + start, min(rows.start + part.stop, rows.stop))
+            parts.append(self._folded_rows(some, columns, cosine[part], distance[part], zero))
+        by_class, by_distance = zip(*parts, strict=True)
+        return torch.cat(by_class).numpy(), torch.cat(by_distance).numpy()
+
+    def _folded_rows(
+        self, rows: slice, columns: slice, cosine: Tensor, distance: Tensor, zero: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Add up the pairs of some rows by one index: split and class of the other, bin, kind.
+
+        Sums by class and by distance are added up from these.
+        """
+        n, size = len(cosine), self._size
+        total = torch.zeros(n, size + 1, dtype=torch.float64)
+        count = torch.zeros(n, (size + 1) * _KINDS, dtype=torch.int32)
+        for start in range(0, n, SLAB):  # what is made of a few rows stays in the cache
+            slab = slice(start, min(start + SLAB, n))
+            some = slice(rows.start + slab.start, rows.start + slab.stop)
+            place = self._places(some, columns, distance[slab])
+            kind = torch.sign(cosine[slab]).to(torch.int64).add_(1)
+            kind[zero[some].unsqueeze(1) | zero[columns]] = _ZERO
+            total[slab].scatter_add_(1, place, cosine[slab].double())
+            one = torch.ones(1, 1, dtype=torch.int32).expand_as(place)
+            count[slab].scatter_add_(1, place.mul_(_KINDS).add_(kind), one)
+        harms, neutral, helps, none = count.view(n, -1, _KINDS)[:, :size].double().unbind(2)
+        pairs = harms + neutral + helps
+        sums = torch.stack([total[:, :size], helps - harms, pairs, pairs + none], dim=2)
+        sums = sums.view(n, len(self.splits), self.n_classes, -1, len(SUMS))
+        within = sums[torch.arange(n), :, self._classes[rows]]
+        return sums.sum(3), torch.stack([within, sums.sum(2) - within], dim=2)
+
+    def _places(self, rows: slice, columns: slice, distance: Tensor) -> Tensor:
+        """Return the place of each pair by split, class and bin; one of its own to self-pairs."""
+        bins, first, last = len(self.edges) - 1, float(self.edges[0]), float(self.edges[-1])
+        place = ((distance - first) * (bins / (last - first))).to(torch.int64)
+        place.clamp_(0, bins - 1).add_(self._groups[columns] * bins)
+        if columns.start <= rows.start < columns.stop:
+            place[:, rows.start - columns.start :].fill_diagonal_(self._size)
+        return place
+
+    @property
+    def _size(self) -> int:
+        return len(self.splits) * self.n_classes * (len(self.edges) - 1)
 
 
 def splits_of(data: StudyData) -> list[str]:
@@ -102,11 +131,10 @@ def splits_of(data: StudyData) -> list[str]:
     return list(dict.fromkeys(data.split))
 
 
-def distances(data: StudyData, rows: slice | np.ndarray, columns: slice | np.ndarray) -> np.ndarray:
+def distances(data: StudyData, rows: slice | np.ndarray, columns: slice | np.ndarray) -> Tensor:
     """Return 1 − x_i·x_j/(|x_i||x_j|) of inputs as the network sees them, (i, j) float32."""
     X, Y = _unit_inputs(data, rows), _unit_inputs(data, columns)
-    found: np.ndarray = (1 - folded_product(X, Y).clamp_(-1.0, 1.0)).numpy()
-    return found
+    return 1 - folded_product(X, Y).clamp_(-1.0, 1.0)
 
 
 def _unit_inputs(data: StudyData, examples: slice | np.ndarray) -> torch.Tensor:
@@ -126,24 +154,26 @@ def bin_edges(data: StudyData, bins: int) -> np.ndarray:
     n = data.n_examples
     sample = np.sort(np.random.default_rng(0).choice(n, size=min(n, _SAMPLE), replace=False))
     found = distances(data, sample, sample)
-    largest = min(2.0, _MARGIN * float(found.max(initial=0.0)))
+    largest = min(2.0, _MARGIN * float(found.max()))
     return np.linspace(0.0, largest if largest > 0 else 2.0, bins + 1)
 
 
-def count_near_zero(cosine: np.ndarray, *, diagonal: bool) -> np.ndarray:
+def count_near_zero(cosine: Tensor, *, diagonal: bool) -> np.ndarray:
     """Count the pairs with 0 < |cosine| < 2**e for each exponent e, (exponents,) int64.
 
-    Of a tile on the diagonal each pair is counted once.
+    Of a tile on the diagonal each pair is counted once, and self-pairs are not.
     """
-    found = np.zeros(len(EXPONENTS), dtype=np.int64)
-    for start in range(0, len(cosine), 128):
-        rows = cosine[start : start + 128]
-        some = np.triu(rows, start + 1) if diagonal else rows
-        exponent = np.frexp(some)[1][some != 0]
-        found += np.bincount(
-            np.clip(exponent - EXPONENTS[0], 0, len(EXPONENTS) - 1), minlength=len(EXPONENTS)
-        )
-    return found.cumsum()
+    counts = np.zeros(256, dtype=np.int64)
+    for start in range(0, len(cosine), SLAB):
+        some = cosine[start : start + SLAB]
+        some = torch.triu(some, start + 1) if diagonal else some
+        # The bits of a float32 hold its exponent: 126 for [1/2, 1).
+        exponent = (some.abs().view(torch.int32) >> 23).flatten()
+        counts += torch.bincount(exponent, minlength=256).numpy()
+        counts[0] -= int((some == 0).sum())
+    at = np.clip(np.arange(len(counts)) - 126 - EXPONENTS[0], 0, len(EXPONENTS) - 1)
+    found = np.bincount(at, weights=counts, minlength=len(EXPONENTS))
+    return found.astype(np.int64).cumsum()
 
 
 def rounded_up(bound: float) -> tuple[float, int]:

@@ -7,15 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 from studies import assert_same_bits, run_options, tiny_study
 
 from distributed_stiffness import analysis
-from distributed_stiffness.data.selection import select
+from distributed_stiffness.data.selection import StudyData, select
 from distributed_stiffness.engine import run_study
-from distributed_stiffness.engine.sums import bin_edges, count_near_zero, distances, rounded_up
+from distributed_stiffness.engine.sums import (
+    Folding,
+    bin_edges,
+    count_near_zero,
+    distances,
+    rounded_up,
+)
 from distributed_stiffness.errors import StoreError
 from distributed_stiffness.store import EXPONENTS, WHOLE_MATRIX_CHECK
 from distributed_stiffness.study import Data, Study
@@ -126,6 +133,67 @@ class TestNumbers:
         assert found.critical_length is not None
 
 
+class TestFolding:
+    """One tile at a time, against loops over its pairs."""
+
+    @pytest.mark.parametrize(("rows", "columns"), [((0, 40), (0, 40)), ((0, 40), (40, 60))])
+    def test_each_example_has_the_sums_of_its_pairs(
+        self, rows: tuple[int, int], columns: tuple[int, int]
+    ) -> None:
+        """
+        By split and class, and by relation and distance; zero gradients are in no cosine sum,
+        self-pairs in none; both for the tile and for its mirror.
+        """
+        data, above, left = select(DATA), slice(*rows), slice(*columns)
+        n, random = data.n_examples, np.random.default_rng(0)
+        edges = bin_edges(data, 6)
+        cosine = random.uniform(-1, 1, (n, n)).astype(np.float32)
+        cosine = np.triu(cosine) + np.triu(cosine, 1).T
+        zero = random.random(n) < 0.1
+        cosine[zero] = cosine[:, zero] = 0
+        D = distances(data, slice(0, n), slice(0, n)).numpy()
+
+        part = np.ascontiguousarray(cosine[above, left])
+        tile, mirror = Folding(data, edges).tile(above, left, part, zero)
+
+        assert (mirror is None) == (rows == columns)
+        for found, a, b in ((tile, above, left), (mirror, left, above)):
+            if found is None:
+                continue
+            by_class, by_distance = loops(data, edges, cosine, D, zero, a, b)
+            np.testing.assert_allclose(found.class_sums, by_class, rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(found.distance_sums, by_distance, rtol=1e-12, atol=1e-12)
+
+
+def loops(
+    data: StudyData,
+    edges: np.ndarray,
+    cosine: np.ndarray,
+    D: np.ndarray,
+    zero: np.ndarray,
+    rows: slice,
+    columns: slice,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return class and distance sums of a tile, one pair after the other."""
+    splits, labels = list(dict.fromkeys(data.split)), data.examples.labels
+    n, bins = rows.stop - rows.start, len(edges) - 1
+    by_class = np.zeros((n, len(splits), data.labelled.n_classes, 4))
+    by_distance = np.zeros((n, len(splits), 2, bins, 4))
+    for i in range(rows.start, rows.stop):
+        for j in range(columns.start, columns.stop):
+            if i == j:
+                continue
+            nonzero = not (zero[i] or zero[j])
+            c = float(cosine[i, j])
+            what = np.array([c * nonzero, np.sign(c), nonzero, 1])
+            split, other = splits.index(data.split[j]), int(labels[i] != labels[j])
+            width = np.float32(bins / (edges[-1] - edges[0]))
+            k = min(int((D[i, j] - np.float32(edges[0])) * width), bins - 1)
+            by_class[i - rows.start, split, labels[j]] += what
+            by_distance[i - rows.start, split, other, k] += what
+    return by_class, by_distance
+
+
 class TestResume:
     def test_what_is_missing_comes_back_bit_for_bit(self, folder: Path, tmp_path: Path) -> None:
         """
@@ -171,7 +239,8 @@ class TestCounts:
 
         # The last power, 1, counts what is exactly 1 as well: no bound is larger.
         expected[-1] = int((size > 0).sum())
-        np.testing.assert_array_equal(count_near_zero(cosine, diagonal=diagonal), expected)
+        found = count_near_zero(torch.from_numpy(cosine), diagonal=diagonal)
+        np.testing.assert_array_equal(found, expected)
 
     @given(st.floats(6e-8, 1))
     def test_a_bound_is_rounded_up(self, bound: float) -> None:
