@@ -1,11 +1,12 @@
 """The engine: how it scales, and what it adds to computing; markdown tables on standard output.
 
-    python benchmarks/engine.py [--data-dir DIR] [simulation scaling overhead writing memory]
+    python benchmarks/engine.py [--data-dir DIR] [simulation scaling overhead writing memory sums]
 
 `simulation`: simulated replicas, up to 1,024, with measured task times, faults, late arrivals and
 stragglers; the scheduler is the real one. `scaling`: two replicas of one thread against one.
 `overhead`: Ray and the store against the same tiles in one plain loop. `writing`: tiles to the
 local disk, alone and beside computing. `memory`: of the driver, as N grows.
+`sums`: a study that keeps sums in place of pairs, at up to 60,000 examples.
 
 Both sides of a ratio are measured in turn, several times, and the best of each counts: the machine
 may be shared. Networks have random weights; the data are MNIST and CIFAR-10.
@@ -714,6 +715,85 @@ def memory(options: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
+# Sums in place of pairs
+
+
+def sums(options: argparse.Namespace) -> None:
+    """All pairs of up to 60,000 MNIST images, of which sums are kept: time, memory, disk."""
+    torch.set_num_threads(CPUS)
+    rows = []
+    for n in (15_000, 30_000, 60_000):
+        with tempfile.TemporaryDirectory() as folder:
+            study = Study(
+                title="benchmark",
+                data=Data(name="mnist", train_examples=n, validation_examples=0),
+                model=Model(name="fully_connected"),
+                training=Training(iterations=(0,)),
+                keep="sums",
+            )
+            store = Path(folder, "store.zarr")
+            run = {
+                "store": str(store),
+                "data_directory": options.data_dir,
+                "engine": "serial",
+                "threads": CPUS,
+                "memory": 1_500_000_000,
+                "quiet": True,
+            }
+            program = (
+                "import resource, time\n"
+                "from distributed_stiffness import Run, Study, run_study\n"
+                f"study = Study.model_validate_json({study.model_dump_json()!r})\n"
+                "began = time.perf_counter()\n"
+                f"run_study(study, Run(**{run!r}))\n"
+                "print(time.perf_counter() - began)\n"
+                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+            )
+            rate = product_rate()
+            done = subprocess.run(
+                [sys.executable, "-c", program], capture_output=True, text=True, check=True,
+                env=os.environ | {"OMP_NUM_THREADS": str(CPUS)},
+            )  # fmt: skip
+            rate = max(rate, product_rate())
+            seconds, peak = (float(line) for line in done.stdout.split())
+            plan, pairs = Plan.from_json(Store(store).attrs["plan"]), n * (n + 1) / 2
+            floor = 2 * pairs * (plan.pair_work + 784) / rate
+            size = sum(f.stat().st_size for f in store.rglob("*") if f.is_file())
+            rows.append(
+                (
+                    f"{n:,}",
+                    f"{pairs:.2g}",
+                    f"{seconds:.1f} s",
+                    f"{seconds / pairs * 1e9:.0f} ns",
+                    f"{floor:.1f} s ({rate / 1e9:,.0f} GFLOP/s)",
+                    f"**{seconds / floor:.2f}**",
+                    f"{peak / 2**20:.2f} GiB",
+                    f"{size / 1e6:,.0f} MB",
+                    f"{4 * n * n / 1e6:,.0f} MB",
+                )
+            )
+    table(
+        "Sums in place of pairs: fully connected net, MNIST, one checkpoint, one process of two"
+        " threads, from nothing to the finished store",
+        (
+            "N", "pairs", "took", "a pair", "the products alone, at the rate of one large product",
+            "times that (asked: 2)", "peak memory (asked: 4 GiB)", "store", "a matrix would be",
+        ),
+        rows,
+    )  # fmt: skip
+
+
+def product_rate() -> float:
+    """Return the best floating-point operations a second of a large float32 product."""
+    X = torch.randn(4096, 4096)
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        X @ X.T
+        took.append(time.perf_counter() - began)
+    return 2 * 4096**3 / min(took)
+
+
 def peak_of(process: subprocess.Popen[str]) -> int:
     """Return the largest proportional set size of a process, without its children."""
     peak = 0
@@ -731,6 +811,7 @@ CASES: dict[str, Callable[[argparse.Namespace], None]] = {
     "overhead": overhead,
     "writing": writing,
     "memory": memory,
+    "sums": sums,
 }
 
 if __name__ == "__main__":
