@@ -12,7 +12,7 @@ from distributed_stiffness.figures.heatmap import (
 )
 from distributed_stiffness.figures.profile import profiles
 from distributed_stiffness.figures.style import save
-from distributed_stiffness.figures.views import VIEWS, View
+from distributed_stiffness.figures.views import VIEWS, View, views_in_words
 
 __all__ = [
     "VIEWS",
@@ -24,4 +24,5 @@ __all__ = [
     "save",
     "stiffness_curves",
     "superclass_matrices",
+    "views_in_words",
 ]

@@ -25,6 +25,11 @@ class View:
     needs: str = "class_matrix"  # the field of a summary without which there is no such figure
     in_report: bool = True
 
+    @property
+    def sentence(self) -> str:
+        """What is drawn: the first sentence of the caption."""
+        return self.caption.partition(". ")[0].removesuffix(".") + "."
+
     def is_of(self, numbers: Summary) -> bool:
         """Whether a study has the numbers for it."""
         return getattr(numbers, self.needs) is not None
@@ -52,22 +57,23 @@ VIEWS: Mapping[str, View] = {
         View(
             name="class_matrices_cosine",
             title="Class matrices, cosine stiffness",
-            caption="The same pairs, each with its cosine in place of its sign: how much they help,"
-            " not only how often.",
+            caption="Each cell is the mean cosine of the pairs of two classes: how much they help"
+            " each other, not only how often.",
             draw=lambda numbers: class_matrices(numbers.class_matrix, "cosine"),
         ),
         View(
             name="superclass_matrices_sign",
             title="Super-class matrices, sign stiffness",
-            caption="Pairs of examples by super-class, which no label told the network. A diagonal"
-            " that stands out more than its classes alone would make it shows that it found them.",
+            caption="Each cell is the mean sign of the pairs of two super-classes, which no label"
+            " told the network. A diagonal that stands out more than its classes alone would make"
+            " it shows that it found them.",
             draw=lambda numbers: superclass_matrices(numbers.superclass_matrix, "sign"),
             needs="superclass_matrix",
         ),
         View(
             name="superclass_matrices_cosine",
             title="Super-class matrices, cosine stiffness",
-            caption="The same with cosines.",
+            caption="Each cell is the mean cosine of the pairs of two super-classes.",
             draw=lambda numbers: superclass_matrices(numbers.superclass_matrix, "cosine"),
             needs="superclass_matrix",
         ),
@@ -105,3 +111,9 @@ VIEWS: Mapping[str, View] = {
         ),
     )
 }
+
+
+def views_in_words() -> list[str]:
+    """Return a line for each view: its name and one sentence."""
+    width = max(map(len, VIEWS))
+    return [f"{name:<{width}}  {view.sentence}" for name, view in VIEWS.items()]

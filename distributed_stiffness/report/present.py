@@ -10,10 +10,11 @@ import xarray as xr
 
 from distributed_stiffness.analysis import summary
 from distributed_stiffness.errors import DataError, StoreError
-from distributed_stiffness.figures import VIEWS, draw_all, save
+from distributed_stiffness.figures import VIEWS, draw_all, save, views_in_words
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.report.findings import findings
 from distributed_stiffness.report.page import write_report
+from distributed_stiffness.study import rate_in_words
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -72,7 +73,7 @@ def plot(
     """
     path = Path(path)
     if view not in VIEWS:
-        raise DataError(f"there is no view {view!r}: expected one of {', '.join(VIEWS)}")
+        raise DataError("\n  ".join([f"there is no view {view!r}; there are:", *views_in_words()]))
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(
             f"a figure cannot be written as {path.name!r}: expected a name that ends in"
@@ -95,6 +96,10 @@ def _open(store: str) -> xr.Dataset:
     return found
 
 
+def _in_words(dim: str, value: float) -> str:
+    return f"0, {rate_in_words(0)}" if dim == "learning_rate" and value == 0 else f"{value:g}"
+
+
 def _at(ds: xr.Dataset, wanted: Mapping[str, Sequence[float]]) -> xr.Dataset:
     """Keep some checkpoints."""
     for dim, values in wanted.items():
@@ -104,7 +109,7 @@ def _at(ds: xr.Dataset, wanted: Mapping[str, Sequence[float]]) -> xr.Dataset:
             if not len(found):
                 raise DataError(
                     f"the store has no {dim.replace('_', ' ')} {value:g}: it has"
-                    f" {', '.join(f'{k:g}' for k in known)}"
+                    f" {', '.join(_in_words(dim, k) for k in known)}"
                 )
         ds = ds.isel({dim: np.concatenate(places)})
     return ds

@@ -67,6 +67,19 @@ def replicas_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:
 
 class TestEqualsSerial:
     @pytest.mark.usefixtures("local_ray")
+    def test_sums_too(self, tmp_path: Path) -> None:
+        """
+        What is kept in place of pairs does not depend on who folded which tile.
+        """
+        study, checkpoints = tiny_study(keep="sums"), str(tmp_path / "checkpoints")
+        alone, together = tmp_path / "alone.zarr", tmp_path / "together.zarr"
+
+        run_study(study, run_options(alone, checkpoints=checkpoints))
+        run_study(study, run_options(together, checkpoints=checkpoints, engine="ray"))
+
+        assert_same_bits(alone, together)
+
+    @pytest.mark.usefixtures("local_ray")
     def test_ray_gives_the_serial_bits(self, undisturbed: Path, tmp_path: Path) -> None:
         """
         Two replicas on Ray write the same store as one process, bit for bit.

@@ -1,0 +1,119 @@
+"""Commands that show a store: `report`, and `plot` for one figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from distributed_stiffness.cli.ending import interruptible
+from distributed_stiffness.cli.options import StorePath, choice
+from distributed_stiffness.cli.parsing import split
+from distributed_stiffness.cli.work import beside, say
+from distributed_stiffness.errors import StudyError
+from distributed_stiffness.progress import Progress
+
+MEASURES = ("sign", "cosine")
+
+
+def report(
+    store: StorePath,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where figures and report go; default: beside the store.")
+    ] = None,
+) -> None:
+    """Draw the figures of a store and write its report."""
+    from distributed_stiffness.report import present
+
+    with interruptible(), Progress() as progress:
+        say(present(store, folder or beside(store), progress))
+
+
+class PlotCommand(TyperCommand):
+    """Its help lists the views, which are imported (matplotlib) only when it is asked for."""
+
+    def format_epilog(self, _ctx: Any, formatter: Any) -> None:
+        """Write the views and what each shows."""
+        from distributed_stiffness.figures import VIEWS
+
+        with formatter.section("Views"):
+            formatter.write_dl([(name, view.sentence) for name, view in VIEWS.items()])
+
+
+def _view_names() -> list[str]:
+    from distributed_stiffness.figures import VIEWS
+
+    return list(VIEWS)
+
+
+def plot(
+    store: StorePath,
+    view: Annotated[
+        str | None,
+        typer.Argument(
+            help="Which figure; without it, all are listed.", autocompletion=_view_names
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A .png, .svg or .pdf; default: VIEW.png beside the store.")
+    ] = None,
+    learning_rates: Annotated[
+        str | None, typer.Option(help="Comma-separated, those to show; default: all.")
+    ] = None,
+    seed: Annotated[
+        str | None, typer.Option(help="Comma-separated; default: the mean over all.")
+    ] = None,
+    iterations: Annotated[
+        str | None, typer.Option(help="Comma-separated, those to show; default: all.")
+    ] = None,
+    measure: Annotated[
+        str | None,
+        choice(MEASURES, "Of a view whose name ends in one: class_matrices --measure cosine."),
+    ] = None,
+    list_views: Annotated[
+        bool, typer.Option("--list", help="List the views, a sentence each, and stop.")
+    ] = False,
+) -> None:
+    """Draw one figure of a store.
+
+    Example: stiffness plot results/demo.zarr class_matrices_sign --iterations 0,168 --out c.pdf
+    """
+    from distributed_stiffness.figures import views_in_words
+    from distributed_stiffness.report import plot
+
+    if view is None or list_views:
+        say(views_in_words())
+        return
+    view = _of_measure(view, measure)
+    given = {
+        "learning_rate": learning_rates and split("--learning-rates", learning_rates, float),
+        "seed": seed and split("--seed", seed, float),
+        "iteration": iterations and split("--iterations", iterations, float),
+    }
+    at = {dim: values for dim, values in given.items() if values}
+    with interruptible(), Progress() as progress:
+        path = out or beside(store) / f"{view}.png"
+        say([f"Figure: {plot(store, view, path, at=at, progress=progress)}"])
+
+
+def _of_measure(view: str, measure: str | None) -> str:
+    """Return the view's name with its measure; sign is what is meant where none is given.
+
+    Raises:
+        StudyError: there is no such measure, or the view has none.
+    """
+    from distributed_stiffness.figures import VIEWS
+
+    if measure is not None and measure not in MEASURES:
+        raise StudyError(f"--measure is {measure!r}: expected one of {', '.join(MEASURES)}")
+    stem = view.removesuffix("_sign").removesuffix("_cosine")
+    wanted = f"{stem}_{measure or 'sign'}"
+    if view in VIEWS and measure is None:
+        return view
+    if wanted in VIEWS and view in (stem, wanted):
+        return wanted
+    if view in VIEWS:
+        raise StudyError(f"--measure is {measure!r}, but {view} shows what its name says")
+    return view

@@ -1,0 +1,109 @@
+"""What several commands do: check how to run, tell the cost, compute and present."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from distributed_stiffness.cli.ending import interruptible
+from distributed_stiffness.cli.options import DEVICES, ENGINES
+from distributed_stiffness.errors import StudyError
+from distributed_stiffness.progress import Progress
+from distributed_stiffness.study import Study
+
+
+def say(lines: list[str]) -> None:
+    """Print lines to standard output."""
+    for line in lines:
+        typer.echo(line)
+
+
+def checked_run(**options: Any) -> Any:
+    """Return how to run, an `engine.Run`.
+
+    Raises:
+        StudyError: an option has a value that does not exist.
+    """
+    from distributed_stiffness.engine import Run
+
+    for name, allowed in (("engine", ENGINES), ("device", DEVICES)):
+        if options.get(name, allowed[0]) not in allowed:
+            raise StudyError(
+                f"unknown {name} {options[name]!r}: expected one of {', '.join(allowed)}"
+            )
+    for name in ("max_replicas", "threads"):
+        if options.get(name) is not None and options[name] < 1:
+            raise StudyError(f"{name} is {options[name]}: expected 1 or more")
+    return Run(**options)
+
+
+def show_plan(study: Study, chosen: Any, *, replicas: int, as_json: bool = False) -> None:
+    """Print what a study will cost."""
+    from distributed_stiffness.engine.prediction import predict
+    from distributed_stiffness.engine.prepare import prepare
+    from distributed_stiffness.gradients.budget import free_memory
+
+    with interruptible(), Progress(quiet=as_json) as progress:
+        prepared = prepare(study, chosen, progress)
+        made = prepared.plan(chosen.memory or free_memory() // replicas, "cpu")
+        found = predict(made, replicas=replicas, speed=prepared.speed(made))
+    lines = [made.describe(), found.describe()]
+    whole = {"plan": made.to_json(), "prediction": found.to_json()}
+    say([json.dumps(whole)] if as_json else lines)
+
+
+def compute_and_present(
+    study: Study,
+    chosen: Any,
+    *,
+    folder: Path | None = None,
+    bring: Callable[[Any], None] | None = None,
+) -> None:
+    """Compute a study, then draw its figures, write its report and print what they show."""
+    from distributed_stiffness.engine import run_study
+    from distributed_stiffness.report import present
+
+    folder = _writable(folder or beside(chosen.store))
+    with interruptible(), Progress(quiet=chosen.quiet) as progress:
+        if "_ray_pkg_" in str(Path.cwd()) and not _is_absolute(chosen.store):
+            progress.say(
+                f"note: the store {chosen.store!r} is relative to the job's scratch folder; give"
+                " an absolute path or a URL to keep it"
+            )
+        store = run_study(study, chosen, progress, bring=bring)
+        if chosen.rows is None:  # figures of a part would mislead
+            say(present(store, folder, progress))
+
+
+def beside(store: str) -> Path:
+    """Return the folder of a store's figures and report: STORE without .zarr; local."""
+    name = store.rstrip("/")
+    name = name.removesuffix(".zarr") if name.endswith(".zarr") else f"{name}.report"
+    return Path("results", name.rpartition("/")[2]) if "://" in name else Path(name)
+
+
+def _writable(folder: Path) -> Path:
+    """Try whether figures and report can be written, now and not after hours of work.
+
+    Raises:
+        StudyError: it cannot be written.
+    """
+    existed = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if not existed:
+            folder.rmdir()  # it is made when there is something to put there
+    except OSError as error:
+        raise StudyError(f"cannot write figures to {folder}: {error}; give --figures") from error
+    return folder
+
+
+def _is_absolute(store: str) -> bool:
+    return "://" in store or Path(store).is_absolute()
