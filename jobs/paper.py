@@ -38,7 +38,7 @@ _LONG = {"quick": 1, "full": 6}  # times the steps
 
 def studies(scale: Scale, *, accept_unverified: bool = False) -> dict[str, Study]:
     """Return the studies by the names of their stores."""
-    start = (0, 50, 150, EARLY, 1000, 2000)
+    steps = (0, 50, 150, EARLY, 1000, 2000, 4000, 10_000, 20_000)
 
     def study(
         name: str, data: str, model: str, last: int, examples: int, **fields: object
@@ -57,7 +57,7 @@ def studies(scale: Scale, *, accept_unverified: bool = False) -> dict[str, Study
                 **{
                     "learning_rates": _RATES[scale],
                     "seeds": _SEEDS[scale],
-                    "iterations": (*start, 4000, last * _LONG[scale]),
+                    "iterations": (*(k for k in steps if k < last), last * _LONG[scale]),
                 }
                 | fields  # type: ignore[arg-type]
             ),
@@ -65,11 +65,11 @@ def studies(scale: Scale, *, accept_unverified: bool = False) -> dict[str, Study
 
     one = {"learning_rates": (1e-3,), "seeds": (0,)}
     return {
-        "mnist": study("mnist", "mnist", "fully_connected", 9375, 500),
+        "mnist": study("mnist", "mnist", "fully_connected", 18_750, 500),
         "permuted_labels": study("permuted_labels", "mnist", "fully_connected", 4500, 500),
-        "fashion_mnist": study("fashion_mnist", "fashion_mnist", "fully_connected", 9375, 500),
-        "cifar10": study("cifar10", "cifar10", "cnn", 23445, 500, **one),
-        "cifar100": study("cifar100", "cifar100", "cnn", 12504, 3000, **one),
+        "fashion_mnist": study("fashion_mnist", "fashion_mnist", "fully_connected", 18_750, 500),
+        "cifar10": study("cifar10", "cifar10", "cnn", 46_890, 500, **one),
+        "cifar100": study("cifar100", "cifar100", "cnn", 12_504, 3000, **one),
     }
 
 
