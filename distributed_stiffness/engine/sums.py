@@ -7,6 +7,7 @@ is done twice is written twice and counted once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,15 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distributed_stiffness.analysis.sums import SUMS
 from distributed_stiffness.data.selection import StudyData
+from distributed_stiffness.engine.folding import count_exponents, fold
 from distributed_stiffness.errors import StudyError
 from distributed_stiffness.gradients.gram import folded_product
 from distributed_stiffness.store import EXPONENTS
 
-SLAB = 32  # rows folded at a time
-LARGEST = 2**22  # places of sums that are worked on at a time
-_ZERO, _KINDS = 3, 4  # pairs that harm, do neither, help; and those with a zero gradient
 _SAMPLE = 1000  # examples whose distances say where the bins are
 _MARGIN = 1.1  # the largest distance of all against that of the sample
 
@@ -48,9 +46,12 @@ class Folding:
         self.data, self.edges = data, edges
         self.splits = splits_of(data)
         self.n_classes = data.labelled.n_classes
-        split = torch.tensor([self.splits.index(name) for name in data.split])
-        self._classes = torch.from_numpy(np.array(data.examples.labels, dtype=np.int64))
-        self._groups = split * self.n_classes + self._classes
+        self._splits = np.array([self.splits.index(name) for name in data.split])
+        self._classes = np.array(data.examples.labels, dtype=np.int64)
+        # A task's tiles share their columns.
+        self._unit_inputs = functools.lru_cache(maxsize=4)(
+            lambda start, stop: _unit_inputs(data, slice(start, stop))
+        )
 
     def tile(
         self, rows: slice, columns: slice, cosine: np.ndarray, zero: np.ndarray
@@ -63,67 +64,35 @@ class Folding:
             cosine: (i, j) float32, finite.
             zero: examples without a gradient, (N,).
         """
-        C, D = torch.from_numpy(cosine), distances(self.data, rows, columns)
-        gone = torch.from_numpy(zero)
-        tile = self._folded(rows, columns, C, D, gone)
-        near_zero = count_near_zero(C, diagonal=rows == columns)
+        X, Y = (self._unit_inputs(part.start, part.stop) for part in (rows, columns))
+        distance = (1 - X @ Y.T).numpy()
+        near_zero = count_near_zero(cosine, diagonal=rows == columns)
+        tile = TileSums(*self._folded(cosine, distance, (rows, columns), zero), near_zero)
         if rows == columns:
-            return TileSums(*tile, near_zero), None
-        mirror = self._folded(columns, rows, C.T.contiguous(), D.T.contiguous(), gone)
+            return tile, None
+        mirror = self._folded(cosine.T, distance.T, (columns, rows), zero)
         # Each pair is counted once.
-        return TileSums(*tile, near_zero), TileSums(*mirror, np.zeros_like(near_zero))
+        return tile, TileSums(*mirror, np.zeros_like(near_zero))
 
     def _folded(
-        self, rows: slice, columns: slice, cosine: Tensor, distance: Tensor, zero: Tensor
+        self,
+        cosine: np.ndarray,
+        distance: np.ndarray,
+        tile: tuple[slice, slice],
+        zero: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return class and distance sums of a tile, some rows at a time."""
-        step = max(SLAB, LARGEST // self._size)
-        parts = []
-        for start in range(0, len(cosine), step):
-            part = slice(start, start + step)
-            some = slice(rows.start + start, min(rows.start + part.stop, rows.stop))
-            parts.append(self._folded_rows(some, columns, cosine[part], distance[part], zero))
-        by_class, by_distance = zip(*parts, strict=True)
-        return torch.cat(by_class).numpy(), torch.cat(by_distance).numpy()
-
-    def _folded_rows(
-        self, rows: slice, columns: slice, cosine: Tensor, distance: Tensor, zero: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Add up the pairs of some rows by one index: split and class of the other, bin, kind.
-
-        Sums by class and by distance are added up from these.
-        """
-        n, size = len(cosine), self._size
-        total = torch.zeros(n, size + 1, dtype=torch.float64)
-        count = torch.zeros(n, (size + 1) * _KINDS, dtype=torch.int32)
-        for start in range(0, n, SLAB):  # what is made of a few rows stays in the cache
-            slab = slice(start, min(start + SLAB, n))
-            some = slice(rows.start + slab.start, rows.start + slab.stop)
-            place = self._places(some, columns, distance[slab])
-            kind = torch.sign(cosine[slab]).to(torch.int64).add_(1)
-            kind[zero[some].unsqueeze(1) | zero[columns]] = _ZERO
-            total[slab].scatter_add_(1, place, cosine[slab].double())
-            one = torch.ones(1, 1, dtype=torch.int32).expand_as(place)
-            count[slab].scatter_add_(1, place.mul_(_KINDS).add_(kind), one)
-        harms, neutral, helps, none = count.view(n, -1, _KINDS)[:, :size].double().unbind(2)
-        pairs = harms + neutral + helps
-        sums = torch.stack([total[:, :size], helps - harms, pairs, pairs + none], dim=2)
-        sums = sums.view(n, len(self.splits), self.n_classes, -1, len(SUMS))
-        within = sums[torch.arange(n), :, self._classes[rows]]
-        return sums.sum(3), torch.stack([within, sums.sum(2) - within], dim=2)
-
-    def _places(self, rows: slice, columns: slice, distance: Tensor) -> Tensor:
-        """Return the place of each pair by split, class and bin; one of its own to self-pairs."""
-        bins, first, last = len(self.edges) - 1, float(self.edges[0]), float(self.edges[-1])
-        place = ((distance - first) * (bins / (last - first))).to(torch.int64)
-        place.clamp_(0, bins - 1).add_(self._groups[columns] * bins)
-        if columns.start <= rows.start < columns.stop:
-            place[:, rows.start - columns.start :].fill_diagonal_(self._size)
-        return place
-
-    @property
-    def _size(self) -> int:
-        return len(self.splits) * self.n_classes * (len(self.edges) - 1)
+        rows, columns = tile
+        return fold(
+            cosine,
+            distance,
+            first=(rows.start, columns.start),
+            classes=self._classes,
+            splits=self._splits,
+            zero=zero,
+            edges=self.edges,
+            n_splits=len(self.splits),
+            n_classes=self.n_classes,
+        )
 
 
 def splits_of(data: StudyData) -> list[str]:
@@ -158,19 +127,12 @@ def bin_edges(data: StudyData, bins: int) -> np.ndarray:
     return np.linspace(0.0, largest if largest > 0 else 2.0, bins + 1)
 
 
-def count_near_zero(cosine: Tensor, *, diagonal: bool) -> np.ndarray:
+def count_near_zero(cosine: np.ndarray, *, diagonal: bool) -> np.ndarray:
     """Count the pairs with 0 < |cosine| < 2**e for each exponent e, (exponents,) int64.
 
     Of a tile on the diagonal each pair is counted once, and self-pairs are not.
     """
-    counts = np.zeros(256, dtype=np.int64)
-    for start in range(0, len(cosine), SLAB):
-        some = cosine[start : start + SLAB]
-        some = torch.triu(some, start + 1) if diagonal else some
-        # The bits of a float32 hold its exponent: 126 for [1/2, 1).
-        exponent = (some.abs().view(torch.int32) >> 23).flatten()
-        counts += torch.bincount(exponent, minlength=256).numpy()
-        counts[0] -= int((some == 0).sum())
+    counts = count_exponents(cosine, diagonal=diagonal)
     at = np.clip(np.arange(len(counts)) - 126 - EXPONENTS[0], 0, len(EXPONENTS) - 1)
     found = np.bincount(at, weights=counts, minlength=len(EXPONENTS))
     return found.astype(np.int64).cumsum()

@@ -26,7 +26,7 @@ from distributed_stiffness.errors import StudyError
 
 # Partial sums of so many products are added up one after the other: an eighth of a row, which
 # keeps the most digits, within what a product needs to run at its full rate.
-_SHORTEST_FOLD, _FOLDS, _LONGEST_FOLD = 64, 8, 8192
+_SHORTEST_FOLD, _FOLDS, _LONGEST_FOLD = 512, 8, 8192
 # bfloat16 products need longer sums to run at their full rate, and lose nothing to them.
 _FOLD_BF16 = {"cpu": 2**14, "cuda": 2**16}
 

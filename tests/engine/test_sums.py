@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
@@ -239,7 +238,7 @@ class TestCounts:
 
         # The last power, 1, counts what is exactly 1 as well: no bound is larger.
         expected[-1] = int((size > 0).sum())
-        found = count_near_zero(torch.from_numpy(cosine), diagonal=diagonal)
+        found = count_near_zero(cosine, diagonal=diagonal)
         np.testing.assert_array_equal(found, expected)
 
     @given(st.floats(6e-8, 1))
