@@ -26,6 +26,7 @@ from distributed_stiffness.figures.style import MEANING, heading, require_measur
 
 # More names than this on an axis are not legible: groups of them are named instead.
 MOST_NAMES = 30
+COLOURS = "RdBu_r"
 
 
 def class_matrices(
@@ -131,8 +132,9 @@ def _figure(
 ) -> Figure:
     require_measure(measure)
     note = seeds_note(matrix, seed)
+    norm = colour_scale(matrix[measure].values)
     matrix = of_learning_rate(of_seed(matrix, seed), learning_rate)
-    grid = _grid(matrix, measure, class_labels, dim)
+    grid = _grid(matrix, measure, class_labels, dim, norm)
     side = grid.names.inches
     with style():
         figure = Figure(
@@ -152,10 +154,27 @@ def _figure(
     return figure
 
 
-def _grid(matrix: xr.Dataset, measure: str, class_labels: bool | None, dim: str) -> _Grid:
+def by_superclass(matrix: xr.Dataset, dim: str) -> xr.Dataset:
+    """Return a matrix of many classes in the order of their super-classes; any other as it is."""
     if dim == "class_name" and "superclass_name" in matrix.coords and len(matrix[dim]) > MOST_NAMES:
         order = np.argsort(matrix["superclass"].values, kind="stable")
-        matrix = matrix.isel({dim: order, f"other_{dim}": order})
+        return matrix.isel({dim: order, f"other_{dim}": order})
+    return matrix
+
+
+def colour_scale(values: np.ndarray) -> Normalize:
+    """Return a scale symmetric about 0, up to a round number that holds every value."""
+    known = np.abs(values[np.isfinite(values)])
+    largest = float(known.max()) if known.size else 1.0
+    step = 0.1 if largest > 0.3 else 0.05 if largest > 0.1 else 0.01
+    limit = min(max(np.ceil(largest / step - 1e-9) * step, 0.01), 1.0)
+    return Normalize(-limit, limit)
+
+
+def _grid(
+    matrix: xr.Dataset, measure: str, class_labels: bool | None, dim: str, norm: Normalize
+) -> _Grid:
+    matrix = by_superclass(matrix, dim)
     shown = matrix.isel(iteration=stages(matrix["iteration"].values))
     values = shown[measure].transpose("learning_rate", "iteration", dim, f"other_{dim}")
     rates, steps = values.shape[:2]
@@ -164,7 +183,7 @@ def _grid(matrix: xr.Dataset, measure: str, class_labels: bool | None, dim: str)
     wide = 2 if names.inches > 3 else 3 if steps > 4 else 4
     columns = steps if rates > 1 else min(steps, wide)
     rows = rates if rates > 1 else -(-steps // columns)
-    return _Grid(values, names, rows, columns, _norm(values.values))
+    return _Grid(values, names, rows, columns, norm)
 
 
 def _names(values: xr.DataArray, dim: str, class_labels: bool | None) -> _Names:
@@ -189,17 +208,8 @@ def _names(values: xr.DataArray, dim: str, class_labels: bool | None) -> _Names:
     return _Names(some, [every[k] for k in some], none, 7, 4.2)
 
 
-def _norm(values: np.ndarray) -> Normalize:
-    """Return a scale symmetric about 0, up to a round number that holds every value."""
-    known = np.abs(values[np.isfinite(values)])
-    largest = float(known.max()) if known.size else 1.0
-    step = 0.1 if largest > 0.3 else 0.05 if largest > 0.1 else 0.01
-    limit = min(max(np.ceil(largest / step - 1e-9) * step, 0.01), 1.0)
-    return Normalize(-limit, limit)
-
-
 def _draw(ax: Axes, panel: xr.DataArray, grid: _Grid) -> None:
-    colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="0.8")
+    colours = matplotlib.colormaps[COLOURS].with_extremes(bad="0.8")
     ax.imshow(np.ma.masked_invalid(panel.values), cmap=colours, norm=grid.norm)
     ax.set_title(stage_title(panel))
     ax.set_xticks(grid.names.ticks, [])
@@ -246,7 +256,7 @@ def _title(figure: Figure, grid: _Grid, measure: str, line: str) -> None:
 
 
 def _colour_bar(figure: Figure, axes: list[Axes], grid: _Grid, measure: str) -> None:
-    colours = matplotlib.colormaps["RdBu_r"]
+    colours = matplotlib.colormaps[COLOURS]
     bar = figure.colorbar(
         ScalarMappable(grid.norm, colours),
         ax=axes,

@@ -7,6 +7,7 @@ import xarray as xr
 
 from distributed_stiffness.analysis import Summary, over_seeds
 from distributed_stiffness.figures.checkpoints import of_seed, rate_title, with_run_dims
+from distributed_stiffness.report.words import counted, measured, number, percent
 
 # Sign stiffness nearer to 0 than this is called no effect: 1 pair in 20.
 SMALL = 0.05
@@ -61,41 +62,16 @@ def limits(summary: Summary) -> list[str]:
     missing, pairs = summary.class_matrix["missing"].sum(), summary.class_matrix["pairs"].sum()
     if missing > 0:
         share = float(missing / (missing + pairs))
-        lines.append(f"{_percent(share)} of the pairs are not computed yet and left out.")
+        lines.append(f"{percent(share)} of the pairs are not computed yet and left out.")
     curves = summary.curves
     if "undecided_share" in curves and curves["undecided_share"].notnull().any():
         lines.append(_undecided(curves))
     if "zero_gradients" in curves and (worst := int(curves["zero_gradients"].max())):
         lines.append(
-            f"Up to {_counted(worst, 'example has', 'examples have')} a gradient of zero: sign 0"
+            f"Up to {counted(worst, 'example has', 'examples have')} a gradient of zero: sign 0"
             " with every other, and no part in cosine means."
         )
     return lines
-
-
-def number(value: float, digits: int = 2) -> str:
-    """Write a number with a true minus sign, and no minus before zero."""
-    if not np.isfinite(value):
-        return "–"
-    text = f"{value:.{digits}f}"
-    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
-
-
-def measured(at: xr.Dataset, name: str, digits: int = 2) -> str:
-    """Write a number ± its standard error, and in brackets that over seeds, as far as known.
-
-    An error below half a unit of the last digit gets digits until it shows; four at most.
-    """
-    value, error, seeds = (
-        float(at[key]) if key in at else np.nan
-        for key in (name, f"{name}_error", f"{name}_seed_error")
-    )
-    if not np.isfinite(value) or not np.isfinite(error):
-        return number(value, digits)
-    while digits < 4 and 0 < error < 0.5 * 10.0**-digits:
-        digits += 1
-    text = f"{number(value, digits)} ± {number(error, digits)}"
-    return f"{text} (± {number(seeds, digits)})" if np.isfinite(seeds) else text
 
 
 def effect(value: float, error: float = 0.0) -> str:
@@ -161,7 +137,7 @@ def _change(first: xr.Dataset, last: xr.Dataset, measure: str, relation: str) ->
 def _when(at: xr.Dataset) -> str:
     step = int(at["iteration"])
     if "validation_accuracy" in at.coords and np.isfinite(at["validation_accuracy"]):
-        return f"step {step:,} (validation accuracy {_percent(float(at['validation_accuracy']))})"
+        return f"step {step:,} (validation accuracy {percent(float(at['validation_accuracy']))})"
     return f"step {step:,}"
 
 
@@ -268,22 +244,10 @@ def _undecided(curves: xr.Dataset) -> str:
             + "."
         )
     at = share.isel(share.fillna(-1.0).argmax(...))
-    share_text = _percent(worst)
+    share_text = percent(worst)
     share_text = share_text.capitalize() if share_text.startswith("less") else f"Up to {share_text}"
     return (
         f"{share_text} of all pairs have a cosine within its error bound of 0, so that their sign"
         f" is open (most at step {int(at['iteration']):,},"
         f" {rate_title(float(at['learning_rate']))})."
     )
-
-
-def _percent(share: float) -> str:
-    percent = 100 * share
-    if 0 < percent < 0.01:
-        return "less than 0.01 %"
-    digits = 0 if percent >= 9.95 or percent == 0 else 1 if percent >= 1 else 2
-    return f"{percent:.{digits}f} %"
-
-
-def _counted(n: int, one: str, several: str) -> str:
-    return f"{n:,} {one if n == 1 else several}"

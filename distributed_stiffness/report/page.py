@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +18,15 @@ import xarray as xr
 
 from distributed_stiffness.analysis import Summary, summary
 from distributed_stiffness.figures import VIEWS
-from distributed_stiffness.figures.checkpoints import of_seed, seeds_note, with_run_dims
-from distributed_stiffness.report.findings import (
-    errors_note,
-    findings,
-    interval_text,
-    measured,
-    number,
-)
+from distributed_stiffness.figures.checkpoints import with_run_dims
+from distributed_stiffness.report.evidence import evidence
+from distributed_stiffness.report.findings import errors_note, findings
+from distributed_stiffness.report.matrices import heat_maps
+from distributed_stiffness.report.tables import tables
 from distributed_stiffness.study import rate_in_words
 
-Table = dict[str, Any]  # head: names of columns, rows: cells as text
+_HERE = Path(__file__).parent
+SCRIPTS = ("copy.js", "heatmap.js")
 
 
 def write_report(
@@ -50,21 +51,24 @@ def write_report(
     if store is None and isinstance(ds, xr.Dataset):
         store = ds.encoding.get("source")
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    errors = errors_note(with_run_dims(numbers.within_between).sizes["seed"])
     page = environment.get_template("page.html").render(
         title=numbers.attrs.get("title", "Stiffness study"),
+        style=_Inline.of("page.css"),
+        script=_Inline.of(*SCRIPTS),
         facts=_facts(numbers),
-        findings=findings(numbers),
-        stages=_stages_table(numbers),
-        lengths=_lengths_table(numbers),
-        errors=errors_note(with_run_dims(numbers.within_between).sizes["seed"]),
-        training=_training_table(numbers),
-        figures=[_figure(name, file) for name, file in figures.items()],
+        findings=[line for line in findings(numbers) if line != errors],
+        evidence=evidence(numbers),
+        matrices=heat_maps(numbers),
+        tables=tables(numbers),
+        errors=errors,
+        sections=list(_sections(figures)),
         store=store or "STORE",
         keeps_pairs=numbers.attrs.get("keep", "pairs") == "pairs",
         versions=_mapping(numbers.attrs.get("versions")),
@@ -78,6 +82,23 @@ def write_report(
     return path
 
 
+@dataclass(frozen=True)
+class _Inline:
+    """A script or a style sheet that stands in the page, and the hash that allows it there."""
+
+    text: str
+
+    @classmethod
+    def of(cls, *files: str) -> _Inline:
+        return cls("\n" + "\n".join((_HERE / file).read_text(encoding="utf-8") for file in files))
+
+    @property
+    def hash(self) -> str:
+        """For a Content-Security-Policy: nothing else is run, and nothing is loaded."""
+        digest = hashlib.sha256(self.text.encode("utf-8")).digest()
+        return f"sha256-{base64.b64encode(digest).decode('ascii')}"
+
+
 def _facts(numbers: Summary) -> dict[str, str]:
     """What was run, from attributes and sizes."""
     attrs, matrix = numbers.attrs, with_run_dims(numbers.class_matrix)
@@ -86,7 +107,7 @@ def _facts(numbers: Summary) -> dict[str, str]:
     rates = ", ".join(rate_in_words(rate) for rate in matrix["learning_rate"].values)
     seeds = ", ".join(map(str, matrix["seed"].values))
     steps = ", ".join(f"{step:,}" for step in matrix["iteration"].values)
-    facts = {
+    return {
         "Data set": f"{attrs.get('dataset', '–')}" + (f", {source}" if source else ""),
         "Preprocessing": str(attrs.get("preprocessing", "–")),
         "Model": str(attrs.get("model", "–")),
@@ -99,9 +120,6 @@ def _facts(numbers: Summary) -> dict[str, str]:
         "Begun": _time(attrs.get("created"), "–"),
         "Finished": _time(attrs.get("finished"), "not yet"),
     }
-    if attrs.get("dataset_verified") is False:
-        facts["Note"] = "the files of the data set do not have the published checksums"
-    return facts
 
 
 def _time(value: Any, missing: str) -> str:
@@ -118,89 +136,12 @@ def _n_checkpoints(matrix: xr.Dataset) -> int:
     return int(np.prod([matrix.sizes[dim] for dim in ("learning_rate", "seed", "iteration")]))
 
 
-def _stages_table(numbers: Summary) -> Table:
-    """Within and between at every checkpoint, means over seeds."""
-    relations = of_seed(numbers.within_between, None)
-    rows = []
-    for rate in relations["learning_rate"].values:
-        for step in relations["iteration"].values:
-            at = relations.sel(learning_rate=rate, iteration=step)
-            cells = [
-                cell
-                for measure, digits in (("sign", 2), ("cosine", 3))
-                for cell in (
-                    *(measured(at.sel(relation=r), measure, digits) for r in ("within", "between")),
-                    measured(at, f"{measure}_gap", digits),
-                )
-            ]
-            rows.append([rate_in_words(rate), f"{step:,}", *cells, f"{int(at['pairs'].sum()):,}"])
-    columns = [f"{m}, {r}" for m in ("sign", "cosine") for r in ("within", "between", "gap")]
-    return {
-        "head": ["learning rate", "step", *columns, "pairs"],
-        "rows": rows,
-        "note": seeds_note(numbers.within_between, None),
-    }
-
-
-def _lengths_table(numbers: Summary) -> Table | None:
-    """ξ at every checkpoint, or None where there are no distances."""
-    if numbers.critical_length is None:
-        return None
-    length = with_run_dims(numbers.critical_length)
-    rows = []
-    for rate in length["learning_rate"].values:
-        for seed in length["seed"].values:
-            for step in length["iteration"].values:
-                at = length.sel(learning_rate=rate, seed=seed, iteration=step)
-                cells = [cell for measure in ("sign", "cosine") for cell in _fit(at, measure)]
-                rows.append([rate_in_words(rate), str(seed), f"{step:,}", *cells])
-    columns = [f"{c}, {m}" for m in ("sign", "cosine") for c in ("ξ", "interval", "slope")]
-    return {"head": ["learning rate", "seed", "step", *columns], "rows": rows}
-
-
-def _fit(at: xr.Dataset, measure: str) -> list[str]:
-    """Return ξ (with a note where it is an extrapolation), its interval and the slope."""
-    slope = measured(at, f"{measure}_slope")
-    if not np.isfinite(at[f"{measure}_length"]):
-        known = np.isfinite(at[f"{measure}_slope"])
-        return ["not determined" if known else "–", "–", slope]
-    length = measured(at, f"{measure}_length")
-    outside = "" if bool(at[f"{measure}_inside"]) else " (extrapolated)"
-    return [length + outside, interval_text(at, measure), slope]
-
-
-def _training_table(numbers: Summary) -> Table:
-    """Training curves and error bounds at every checkpoint."""
-    curves = with_run_dims(numbers.curves)
-    columns = {
-        "train_loss": ("training loss", 3),
-        "validation_loss": ("validation loss", 3),
-        "train_accuracy": ("training accuracy", 3),
-        "validation_accuracy": ("validation accuracy", 3),
-    }
-    there = [name for name in columns if name in curves]
-    bounds = "error_bound" in curves
-    rows = []
-    for rate in curves["learning_rate"].values:
-        for seed in curves["seed"].values:
-            for step in curves["iteration"].values:
-                at = curves.sel(learning_rate=rate, seed=seed, iteration=step)
-                cells = [number(float(at[name]), columns[name][1]) for name in there]
-                if bounds:
-                    cells += [_bound(float(at["error_bound"])), _undecided(at)]
-                rows.append([rate_in_words(rate), str(seed), f"{step:,}", *cells])
-    head = ["learning rate", "seed", "step", *(columns[name][0] for name in there)]
-    return {"head": head + (["error bound", "undecided pairs"] if bounds else []), "rows": rows}
-
-
-def _bound(value: float) -> str:
-    return f"{value:.1e}".replace("e-0", "e-") if np.isfinite(value) else "–"
-
-
-def _undecided(at: xr.Dataset) -> str:
-    if "undecided" not in at or not at["undecided"] >= 0:
-        return "–"
-    return f"{int(at['undecided']):,}"
+def _sections(figures: Mapping[str, Path]) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """Group figures by the section of their view, in the order of the first views of each."""
+    order = list(dict.fromkeys(view.section for view in VIEWS.values()))
+    by_section = sorted(figures, key=lambda name: order.index(VIEWS[name].section))
+    for section, names in groupby(by_section, key=lambda name: VIEWS[name].section):
+        yield section, [_figure(name, figures[name]) for name in names]
 
 
 def _figure(name: str, file: Path) -> dict[str, str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from distributed_stiffness.analysis import summary
+from distributed_stiffness.analysis import distances_of, summary
 from distributed_stiffness.errors import DataError, StoreError
 from distributed_stiffness.figures import VIEWS, draw_all, save, views_in_words
 from distributed_stiffness.progress import Progress
@@ -19,16 +21,50 @@ from distributed_stiffness.study import rate_in_words
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
+@dataclass(frozen=True)
+class Presented:
+    """What a store shows, and where figures and report were written."""
+
+    store: str
+    findings: tuple[str, ...]
+    report: Path
+    figures: Mapping[str, Path]  # by name
+
+    def lines(self) -> list[str]:
+        """For people."""
+        names = ", ".join(path.name for path in self.figures.values())
+        return [
+            *self.findings,
+            f"Report: {self.report}",
+            f"Figures: {self.report.parent} ({names})",
+            f"Store: {self.store}, opens with xarray.open_zarr",
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "store": self.store,
+            "report": str(self.report),
+            "figures": {name: str(path) for name, path in self.figures.items()},
+            "findings": list(self.findings),
+        }
+
+
 def present(store: str, folder: str | Path, progress: Progress | None = None) -> list[str]:
+    """Draw the figures of a store, write its report and return what it shows, in lines.
+
+    Arguments and errors as of `presented`.
+    """
+    return presented(store, folder, progress).lines()
+
+
+def presented(store: str, folder: str | Path, progress: Progress | None = None) -> Presented:
     """Draw the figures of a store, write its report and return what it shows.
 
     Args:
         store: path or URL.
         folder: where report.html and the figures go; made if need be.
         progress: shows how far it is.
-
-    Returns:
-        Findings, one a line, then where report and figures are.
 
     Raises:
         StoreError: there is no store there.
@@ -39,12 +75,7 @@ def present(store: str, folder: str | Path, progress: Progress | None = None) ->
     numbers = summary(ds, progress=progress)
     figures = draw_all(numbers, folder, progress)
     page = write_report(numbers, figures, folder / "report.html", store=store)
-    return [
-        *findings(numbers),
-        f"Report: {page}",
-        f"Figures: {folder} ({', '.join(path.name for path in figures.values())})",
-        f"Store: {store}, opens with xarray.open_zarr",
-    ]
+    return Presented(store, tuple(findings(numbers)), page, figures)
 
 
 def plot(
@@ -53,6 +84,8 @@ def plot(
     path: str | Path,
     *,
     at: Mapping[str, Sequence[float]] | None = None,
+    distance: str = "distance",
+    against: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Draw one view of a store.
@@ -62,6 +95,8 @@ def plot(
         view: one of `figures.VIEWS`.
         path: where the figure goes; its suffix says the format: .png, .svg or .pdf.
         at: learning rates, seeds or iterations that are looked at, by dimension; others: all.
+        distance: a variable of the store, for the views of distances.
+        against: path or URL of a store of the same examples, for the view of two studies.
         progress: shows how far it is.
 
     Returns:
@@ -79,11 +114,28 @@ def plot(
             f"a figure cannot be written as {path.name!r}: expected a name that ends in"
             f" {', '.join(SUFFIXES)}"
         )
-    numbers = summary(_at(_open(store), at or {}), progress=progress)
+    if VIEWS[view].needs == "paired" and against is None:
+        raise DataError(f"{view} shows two studies: give the other one's store with --against")
+    numbers = summary(
+        _at(_open(store), at or {}),
+        distance=distance,
+        against=None if against is None else _open(against),
+        progress=progress,
+    )
     if not VIEWS[view].is_of(numbers):
         there = ", ".join(name for name, v in VIEWS.items() if v.is_of(numbers))
         raise DataError(f"{store} has no numbers for {view!r}; it has for {there}")
     return save(VIEWS[view].draw(numbers), path)
+
+
+def distances_in(store: str) -> dict[str, str]:
+    """Return what each distance of a store is, by the name of its variable.
+
+    Raises:
+        StoreError: there is no store there.
+    """
+    ds = _open(store)
+    return {name: str(ds[name].attrs.get("long_name", "")) for name in distances_of(ds)}
 
 
 def _open(store: str) -> xr.Dataset:

@@ -11,7 +11,8 @@ from analysis.synthetic import Synthetic
 
 from distributed_stiffness.analysis import Summary, summary
 from distributed_stiffness.report import findings
-from distributed_stiffness.report.findings import effect, measured, number
+from distributed_stiffness.report.findings import effect
+from distributed_stiffness.report.words import measured, number
 
 
 @pytest.fixture(scope="module")

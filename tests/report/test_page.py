@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html.parser
+import re
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ from analysis.synthetic import Synthetic, write
 
 from distributed_stiffness.analysis import Summary, summary
 from distributed_stiffness.errors import StoreError
-from distributed_stiffness.figures import draw_all
+from distributed_stiffness.figures import VIEWS, draw_all
 from distributed_stiffness.report import findings, present, write_report
+from distributed_stiffness.report import page as report_page
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -63,10 +66,15 @@ def figures(numbers: Summary, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.fixture(scope="module")
-def page(numbers: Summary, figures: dict[str, Path], store: Path, tmp_path_factory) -> Page:
+def text(numbers: Summary, figures: dict[str, Path], store: Path, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("page") / "new" / "report.html"
     assert write_report(numbers, figures, path, store=str(store)) == path
-    return Page(path.read_text(encoding="utf-8"))
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(text: str) -> Page:
+    return Page(text)
 
 
 class TestReport:
@@ -79,13 +87,24 @@ class TestReport:
         assert all(image["alt"] for image in images)
 
     def test_no_network(self, page: Page):
-        """Nothing is loaded from anywhere: no script, no style sheet, no address."""
+        """Nothing is loaded from anywhere: no style sheet, no foreign script, no address."""
         for tag, attrs in page.tags:
-            assert tag not in {"script", "link", "iframe"}
+            assert tag not in {"link", "iframe", "object"}
             for name in ("src", "href"):
                 assert str(attrs.get(name, "#")).startswith(("#", "data:"))
         assert "url(" not in page.text
         assert "@import" not in page.text
+
+    def test_only_its_own_script_runs(self, text: str):
+        """The page's policy allows the script and the style that are in it, by hash, only."""
+        policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1]
+        for tag, directive in (("style", "style-src"), ('script type="module"', "script-src")):
+            inline = re.search(rf"<{tag}>(.*?)</{tag.split()[0]}>", text, re.DOTALL)[1]
+            digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+            assert f"{directive} 'sha256-{digest}'" in policy
+        assert policy.startswith("default-src 'none'")
+        assert "unsafe" not in policy
+        assert not re.search(r"<[^>]* (style|on\w+)=", text)
 
     def test_findings(self, page: Page, numbers: Summary):
         """The findings are those that a command prints."""
@@ -109,7 +128,29 @@ class TestReport:
         within = numbers.within_between["sign"].sel(relation="within")
 
         assert all(f"{value:.2f}" in page.text for value in within.values.ravel())
-        assert len(page.all("tr")) == 3 * (1 + 4)  # three tables: a head and four checkpoints
+        assert len(page.all("tr")) == 4 * (1 + 4)  # four tables: a head and four checkpoints
+
+    def test_evidence(self, page: Page, store: Path):
+        """The page says how exact its numbers are, and how to see for oneself."""
+        for line in (
+            "five times the largest difference",
+            "the matrix is complete at every checkpoint",
+            f"stiffness verify {store}",
+        ):
+            assert line in page.text
+
+    def test_sections(self, text: str, figures: dict[str, Path]):
+        """Figures stand below the section of their view, in the order of the views."""
+        names = re.findall(r'<h3 class="section">(.*?)</h3>|<figure id="(.*?)">', text)
+
+        section, found = "", []
+        for title, name in names:
+            section = title or section
+            if name:
+                found.append(name)
+                assert VIEWS[name].section == section
+        assert sorted(found) == sorted(figures)
+        assert len({title for title, _ in names if title}) == len([t for t, _ in names if t])
 
     def test_escaped(self, page: Page):
         """Text from a store is text, never markup."""
@@ -126,6 +167,14 @@ class TestReport:
 
         assert "Stiffness study" in written.text
         assert not written.all("img")
+
+    def test_matrix_too_large(self, numbers: Summary, tmp_path: Path, monkeypatch):
+        """A page without room for the matrices has no heat map, and all the rest."""
+        monkeypatch.setattr(report_page, "heat_maps", lambda _numbers: None)
+        written = Page(write_report(numbers, {}, tmp_path / "r.html").read_text(encoding="utf-8"))
+
+        assert not written.all("canvas")
+        assert len(written.all("table")) == 4
 
 
 class TestPresent:
