@@ -10,6 +10,7 @@ Axis letters: N examples, P parameters.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import fnmatch
 import functools
@@ -36,6 +37,7 @@ from distributed_stiffness.gradients.batches import (
 from distributed_stiffness.gradients.capture import Capture, Captured, Source
 from distributed_stiffness.gradients.decompositions import TakenApart
 from distributed_stiffness.gradients.gram import Factors, Rows, unit_rows
+from distributed_stiffness.gradients.kinks import Kinks, KinksAgain
 from distributed_stiffness.gradients.layout import PLAIN
 from distributed_stiffness.gradients.loss_head import (
     Loss,
@@ -165,10 +167,62 @@ class PerExampleGradients:
         into: Sequence[Rows] | None = None,
     ) -> list[Rows]:
         """Return rows over the parameters of each recipe, from one pass; see `rows`."""
+        targets = self._on_device(targets)
         with full_float32():
-            found = self._by_recipe(self._prepared(inputs), self._on_device(targets))
+            with self._watching(count_examples(inputs)) as kinks:
+                found = self._by_recipe(self._prepared(inputs), targets)
             rooms: Sequence[Rows | None] = into or [None] * len(recipes)
-            return [self._rows(found, *both) for both in zip(recipes, rooms, strict=True)]
+            made = [self._rows(found, *both) for both in zip(recipes, rooms, strict=True)]
+            if kinks is not None:
+                del found
+                self._mend(made, inputs, targets, recipes, kinks)
+            return made
+
+    def _watching(self, n: int) -> contextlib.AbstractContextManager[Kinks | None]:
+        """Note which examples float32 may put on the wrong side of a kink."""
+        is_rounded = self.precision.network != torch.float64
+        return Kinks(n) if is_rounded else contextlib.nullcontext()
+
+    def _mend(
+        self,
+        made: Sequence[Rows],
+        inputs: Nest,
+        targets: Nest,
+        recipes: Sequence[Recipe],
+        kinks: Kinks,
+    ) -> None:
+        """Make rows again in float64 where float32 was on the wrong side of a kink."""
+        near = kinks.examples()
+        if not len(near):
+            return
+        exact = self._in_float64
+        few = exact._prepared(take(inputs, near)), take(targets, near)
+        with torch.no_grad(), KinksAgain(kinks.calls, near) as again:
+            args, kwargs = exact._arguments(*few)
+            exact._network.module(*args, **kwargs)
+        wrong = again.examples()
+        if not len(wrong):
+            return
+        true_rows = exact.rows_by_recipe(take(inputs, wrong), take(targets, wrong), recipes)
+        for rows, true in zip(made, true_rows, strict=True):
+            for target, source in zip(rows.tensors(), true.tensors(), strict=True):
+                target[wrong] = source
+
+    @functools.cached_property
+    def _in_float64(self) -> PerExampleGradients:
+        """The same network and rows, but for float64 passes."""
+        exact = copy.copy(self)
+        exact.model = _in_dtype(self.model, torch.float64)
+        exact._image_format = torch.contiguous_format
+        exact.precision = replace(self.precision, network=torch.float64)
+        exact.parameters = {
+            name: p for name, p in exact.model.named_parameters() if name in self.parameters
+        }
+        exact._constants = [
+            p for name, p in exact.model.named_parameters() if name not in self.parameters
+        ]
+        exact._network = _network(exact.model, self.loss)
+        return exact
 
     def _rows(self, found: _Found, recipe: Recipe, into: Rows | None) -> Rows:
         room = None if into is None else into.dense_NP

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from distributed_stiffness.errors import StudyError
 
-# Partial sums of so many products are added up one after the other: an eighth of a row, which
+# Partial sums of so many products are added up one after the other: a quarter of a row, which
 # keeps the most digits, within what a product needs to run at its full rate.
-_SHORTEST_FOLD, _FOLDS, _LONGEST_FOLD = 512, 8, 8192
+_SHORTEST_FOLD, _FOLDS, _LONGEST_FOLD = 64, 4, 8192
 # bfloat16 products need longer sums to run at their full rate, and lose nothing to them.
 _FOLD_BF16 = {"cpu": 2**14, "cuda": 2**16}
 

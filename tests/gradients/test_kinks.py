@@ -1,0 +1,153 @@
+"""float32 on the wrong side of a kink: found, and made again in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distributed_stiffness.gradients import cosine_matrix
+from distributed_stiffness.gradients.kinks import Kinks, KinksAgain
+from distributed_stiffness.gradients.reference import Reference
+
+TINY = 1e-8  # beside 1, within rounding
+
+
+def inputs(*at: float) -> Tensor:
+    """Three examples of many units, of which the first of the second example are given."""
+    x = 1.0 + torch.rand(3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    x[1].view(-1)[: len(at)] = torch.tensor(at)
+    return x
+
+
+def noted(function: Callable[[Tensor], Tensor], x: Tensor) -> Kinks:
+    with Kinks(len(x)) as kinks:
+        function(x)
+    return kinks
+
+
+FUNCTIONS = {
+    "relu": (F.relu, 0.0),
+    "module": (nn.ReLU(inplace=True), 0.0),
+    "method": (lambda x: x.clone().relu_(), 0.0),
+    "leaky": (nn.LeakyReLU(0.1), 0.0),
+    "prelu": (nn.PReLU(), 0.0),
+    "relu6": (nn.ReLU6(), 6.0),
+    "hardtanh": (nn.Hardtanh(-1.5, 1.5), -1.5),
+    "clamp": (lambda x: x.clamp(min=0.25), 0.25),
+    "abs": (torch.abs, 0.0),
+    "hardswish": (nn.Hardswish(), 3.0),
+}
+
+
+class TestFound:
+    @pytest.mark.parametrize("name", FUNCTIONS)
+    def test_the_example_with_a_unit_near_a_kink(self, name: str) -> None:
+        """
+        Whichever way a network calls the function, and wherever its kink is.
+        """
+        function, kink = FUNCTIONS[name]
+        near = float(torch.nextafter(torch.tensor(kink), torch.tensor(10.0))) if kink else TINY
+
+        kinks = noted(function, inputs(near))
+
+        assert kinks.examples().tolist() == [1]
+        (call,) = [c for c in kinks.calls if c is not None and len(c.examples)]
+        assert call.units.tolist() == [0]
+
+    @pytest.mark.parametrize("function", [nn.GELU(), nn.Tanh(), nn.SiLU(), nn.Identity()])
+    def test_nothing_in_smooth_functions(self, function: nn.Module) -> None:
+        """
+        They have no sides, and cost nothing.
+        """
+        assert noted(function, inputs(TINY)).calls == []
+
+    def test_nothing_far_away(self) -> None:
+        """
+        A unit a thousandth of the others' size is decided.
+        """
+        assert len(noted(F.relu, inputs(1e-3, -1e-3)).examples()) == 0
+
+    def test_exactly_zero_is_by_construction(self) -> None:
+        """
+        A unit that nothing reaches is 0 in every precision.
+        """
+        assert len(noted(F.relu, inputs(0.0)).examples()) == 0
+
+    @pytest.mark.parametrize(
+        "pool",
+        [
+            nn.MaxPool2d(2),
+            nn.MaxPool2d(3, stride=2, padding=1),
+            nn.MaxPool2d(3, stride=2, ceil_mode=True),
+            nn.MaxPool2d(2, stride=1, dilation=2),
+        ],
+    )
+    def test_two_that_are_largest_in_a_window(self, pool: nn.MaxPool2d) -> None:
+        """
+        The largest and the second of one window, also where windows overlap or leave the image.
+        """
+        x = inputs()
+        x[1, 1, 4, 4] = 5.0
+        x[1, 1, 4 + 2 * (pool.dilation == 2), 5 - (pool.dilation == 2)] = 5.0 + 5e-7
+        assert noted(pool, x).examples().tolist() == [1]
+
+        x[1, 1, 4, 4] = 4.0
+
+        assert len(noted(pool, x).examples()) == 0
+
+
+class TestChanged:
+    def test_only_an_example_on_another_side(self) -> None:
+        """
+        Of two examples near a kink, the one whose other pass is beyond it.
+        """
+        x = inputs(TINY, -TINY)
+        x[2, 0, 0, 0] = TINY
+        kinks = noted(F.relu, x)
+        near = kinks.examples()
+        true = x.double()[near]
+        true[0, 0, 0, 1] = TINY
+
+        with KinksAgain(kinks.calls, near) as again:
+            F.relu(true)
+
+        assert near.tolist() == [1, 2]
+        assert again.examples().tolist() == [1]
+
+
+class Cancelling(nn.Module):
+    """Its first unit is 2e-9 in real numbers and -1e-9 in float32, whatever its weights are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 64), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, big = self.first(x), x.sum(1, keepdim=True)
+        lost = (big + 3e-9) - big  # 0 in float32
+        unit = z[:, :1] - z[:, :1].detach() + lost - 1e-9
+        return self.last(F.relu(torch.cat([unit, z[:, 1:]], 1)))
+
+
+class TestCosines:
+    def test_are_those_of_float64(self) -> None:
+        """
+        Of a network whose every example is on the wrong side of a kink in float32.
+        """
+        torch.manual_seed(0)
+        model = Cancelling().eval()
+        with torch.no_grad():
+            model.last.weight[:, 0] = torch.tensor([3.0, -2.0, 1.0])
+        x, y = 1 + torch.rand(12, 4), torch.arange(12) % 3
+        names = [name for name, _ in model.named_parameters()]
+        expected = Reference(model, "cross_entropy", names).cosines(x, y, memory=10**8)
+
+        found = cosine_matrix(model, "cross_entropy", (x, y), check=False)
+
+        torch.testing.assert_close(
+            torch.from_numpy(found.values).double(), expected, atol=2e-6, rtol=0
+        )
