@@ -209,8 +209,10 @@ def _largest(
             one = one[:, :, : windows[0], : windows[1]]
             second = torch.maximum(second, torch.minimum(top, one))
             top = torch.maximum(top, one)
-        # A window with one element in the image has no second.
-        return torch.where(second == -torch.inf, top.abs(), top - second)
+        # A window with one element in the image has no second. What ReLU has cut off passes no
+        # gradient on; any other tie may be one of this precision alone.
+        found = torch.where(second == -torch.inf, top.abs(), top - second)
+        return found.masked_fill_((found == 0) & (top != 0), torch.finfo(x.dtype).tiny)
 
     distance = torch.cat([gap(some) for some in _parts(x)])
     return [Sides(x, distance, lambda rows: places(x[rows], *settings)[1].flatten(1))]

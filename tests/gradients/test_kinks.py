@@ -99,6 +99,16 @@ class TestFound:
 
         assert len(noted(pool, x).examples()) == 0
 
+    def test_two_that_are_equal_in_a_window(self) -> None:
+        """
+        They may differ in float64, unless both are what ReLU has left of the negative.
+        """
+        x = inputs()
+        x[1, 0, 0, :2] = 3.0
+        x[2, 0, :2, :2] = 0.0
+
+        assert noted(nn.MaxPool2d(2), x).examples().tolist() == [1]
+
 
 class TestChanged:
     def test_only_an_example_on_another_side(self) -> None:
