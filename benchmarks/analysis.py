@@ -4,6 +4,7 @@ Each row runs in a process of its own, whose peak memory is the row's; a first r
 cache. Prints one table, with ratios to reading the matrix alone, from one run.
 
     python benchmarks/analysis.py --examples 10000 --classes 100
+    python benchmarks/analysis.py --examples 50000 --not-stored --once --only class_matrix summary
 """
 
 from __future__ import annotations
@@ -46,13 +47,15 @@ WORK = {
 def main() -> None:
     options = _options()
     if options.row:
-        _run_row(options.row, options.store)
+        _run_row(options.row, options)
         return
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder, "store.zarr"))
-        size = make_store(
-            store, options.examples, options.classes, options.chunk, options.checkpoints
-        )
+        size = 0
+        if not options.not_stored:
+            size = make_store(
+                store, options.examples, options.classes, options.chunk, options.checkpoints
+            )
         print(
             f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {platform.processor() or 'cpu'},"
             f" {os.cpu_count()} cores, dask {dask.__version__}, zarr {zarr.__version__}"
@@ -64,7 +67,9 @@ def main() -> None:
         print(f"{'work':<34}{'seconds':>9}{'to reading':>12}{'peak MB':>9}{'above start':>13}")
         first = None
         for row in WORK:
-            seconds, peak, start = _measured(row, store)
+            if options.only and row.split(",")[0] not in options.only:
+                continue
+            seconds, peak, start = _measured(row, store, options)
             first = first or seconds
             print(
                 f"{row:<34}{seconds:>9.2f}{seconds / first:>12.1f}{peak:>9.0f}{peak - start:>13.0f}"
@@ -148,18 +153,54 @@ def _one_hot(ds: xr.Dataset) -> da.Array:
     return da.stack([one_hot.T @ (matrix @ one_hot) for matrix in matrices])
 
 
-def _run_row(row: str, store: str) -> None:
+def not_stored(options: argparse.Namespace) -> xr.Dataset:
+    """Return the like of a store whose blocks are made when they are asked for."""
+    n, lead = options.examples, ("learning_rate", "seed", "iteration")
+    random = np.random.default_rng(0)
+    labels = random.integers(0, options.classes, n)
+    cosine, other = (_products(random, labels, options) for _ in range(2))
+    ds = xr.Dataset(
+        {
+            "cosine": (
+                (*lead, "example", "other"),
+                da.stack([cosine] * options.checkpoints)[None, None],
+            ),
+            "distance": (("example", "other"), 1 - other),
+            "gradient_norm": ((*lead, "example"), np.ones((1, 1, options.checkpoints, n))),
+        },
+        coords={"learning_rate": [1e-3], "seed": [0], "iteration": np.arange(options.checkpoints)},
+    )
+    for dim, prefix in (("example", ""), ("other", "other_")):
+        ds = ds.assign_coords({dim: np.arange(n)})
+        for name, of in (("class", labels), ("superclass", labels // 5)):
+            names = np.array([f"{name} {k}" for k in of], dtype=object)
+            ds = ds.assign_coords({f"{prefix}{name}_name": (dim, names)})
+    return ds
+
+
+def _products(
+    random: np.random.Generator, labels: np.ndarray, options: argparse.Namespace
+) -> da.Array:
+    units = da.from_array(_units(random, labels, options.classes), chunks=(options.chunk, -1))
+    return units @ units.T
+
+
+def _run_row(row: str, options: argparse.Namespace) -> None:
+    ds = not_stored(options) if options.not_stored else None
     start = _peak_megabytes()
     seconds = []
-    for _ in range(2):
+    for _ in range(1 if options.once else 2):
         began = time.perf_counter()
-        WORK[row](_open(store))
+        WORK[row](_open(options.store) if ds is None else ds)
         seconds.append(time.perf_counter() - began)
     print(min(seconds), _peak_megabytes(), start)
 
 
-def _measured(row: str, store: str) -> tuple[float, float, float]:
+def _measured(row: str, store: str, options: argparse.Namespace) -> tuple[float, float, float]:
     command = [sys.executable, __file__, "--row", row, "--store", store]
+    for name in ("examples", "classes", "chunk", "checkpoints"):
+        command += [f"--{name}", str(getattr(options, name))]
+    command += ["--not-stored"] * options.not_stored + ["--once"] * options.once
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     seconds, peak, start = map(float, done.stdout.split())
     return seconds, peak, start
@@ -177,6 +218,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--chunk", type=int, default=1_000, help="edge of a chunk, in examples")
     parser.add_argument("--checkpoints", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=[row.split(",")[0] for row in WORK])
+    parser.add_argument("--once", action="store_true", help="measure the first run")
+    parser.add_argument(
+        "--not-stored",
+        action="store_true",
+        help="make blocks when they are asked for: nothing on disk, and their time counts",
+    )
     parser.add_argument("--row", choices=list(WORK), help="run one row alone (used inside)")
     parser.add_argument("--store", help="store of --row (used inside)")
     return parser.parse_args()

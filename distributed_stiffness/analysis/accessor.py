@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from distributed_stiffness.analysis.alignment import kernel_alignment
+from distributed_stiffness.analysis.blocks import split_blocks
 from distributed_stiffness.analysis.classes import class_matrix, within_between
+from distributed_stiffness.analysis.coherence import gradient_coherence
+from distributed_stiffness.analysis.confusion import gradient_confusion
 from distributed_stiffness.analysis.critical_length import critical_length
 from distributed_stiffness.analysis.curves import checkpoint_curves
 from distributed_stiffness.analysis.distance import distance_profile
+from distributed_stiffness.analysis.metric import DISTANCE, Distance
+from distributed_stiffness.analysis.neighbours import neighbours
+from distributed_stiffness.analysis.paired import paired_differences
 from distributed_stiffness.analysis.pairs import Splits
+from distributed_stiffness.analysis.spectrum import EIGENVALUES, participation_ratio, spectrum
 from distributed_stiffness.analysis.summary import Summary, summary
 from distributed_stiffness.analysis.sums import row_sums
 from distributed_stiffness.analysis.superclasses import superclass_contrast, superclass_matrix
+from distributed_stiffness.analysis.teaching import teaching, teaching_extremes
 from distributed_stiffness.progress import Progress
 
 
@@ -25,9 +35,9 @@ class StiffnessAccessor:
     Each method is the function of the same name in `distributed_stiffness.analysis`; results are
     lazy until `.compute()`.
 
-    Example:
-        import distributed_stiffness.analysis
-        matrix = xarray.open_zarr(path).stiffness.class_matrix().compute()
+    Examples:
+        >>> import distributed_stiffness.analysis
+        >>> matrix = xarray.open_zarr(path).stiffness.class_matrix().compute()
     """
 
     def __init__(self, ds: xr.Dataset) -> None:
@@ -65,10 +75,11 @@ class StiffnessAccessor:
         bins: int = 20,
         edges: Sequence[float] | np.ndarray | None = None,
         *,
+        distance: Distance = DISTANCE,
         splits: Splits | None = None,
     ) -> xr.Dataset:
         """See `distributed_stiffness.analysis.distance_profile`."""
-        return distance_profile(self._ds, bins, edges, splits=splits)
+        return distance_profile(self._ds, bins, edges, distance=distance, splits=splits)
 
     def critical_length(
         self,
@@ -76,21 +87,89 @@ class StiffnessAccessor:
         edges: Sequence[float] | np.ndarray | None = None,
         *,
         relation: str = "within",
+        distance: Distance = DISTANCE,
         splits: Splits | None = None,
     ) -> xr.Dataset:
         """See `distributed_stiffness.analysis.critical_length`."""
-        return critical_length(self._ds, bins, edges, relation=relation, splits=splits)
+        return critical_length(
+            self._ds, bins, edges, relation=relation, distance=distance, splits=splits
+        )
+
+    def split_blocks(
+        self, reduction: Callable[..., xr.Dataset] = within_between, **options: Any
+    ) -> xr.Dataset:
+        """See `distributed_stiffness.analysis.split_blocks`."""
+        return split_blocks(self._ds, reduction, **options)
+
+    def paired_differences(self, second: xr.Dataset, *, splits: Splits | None = None) -> xr.Dataset:
+        """See `distributed_stiffness.analysis.paired_differences`."""
+        return paired_differences(self._ds, second, splits=splits)
 
     def superclass_contrast(self, *, splits: Splits | None = None) -> xr.Dataset:
         """See `distributed_stiffness.analysis.superclass_contrast`."""
         return superclass_contrast(self._ds, splits=splits)
+
+    def neighbours(self, *, splits: Splits | None = None) -> xr.Dataset:
+        """See `distributed_stiffness.analysis.neighbours`."""
+        return neighbours(self._ds, splits=splits)
+
+    def gradient_coherence(self, *, splits: Splits | None = None) -> xr.Dataset:
+        """See `distributed_stiffness.analysis.gradient_coherence`."""
+        return gradient_coherence(self._ds, splits=splits)
+
+    def gradient_confusion(self, *, splits: Splits | None = None) -> xr.Dataset:
+        """See `distributed_stiffness.analysis.gradient_confusion`."""
+        return gradient_confusion(self._ds, splits=splits)
+
+    def participation_ratio(self, *, splits: Splits | None = None) -> xr.Dataset:
+        """See `distributed_stiffness.analysis.participation_ratio`."""
+        return participation_ratio(self._ds, splits=splits)
+
+    def kernel_alignment(self, *, splits: Splits | None = None) -> xr.Dataset:
+        """See `distributed_stiffness.analysis.kernel_alignment`."""
+        return kernel_alignment(self._ds, splits=splits)
+
+    def spectrum(self, k: int = EIGENVALUES, *, splits: Splits | None = None) -> xr.Dataset:
+        """See `distributed_stiffness.analysis.spectrum`."""
+        return spectrum(self._ds, k, splits=splits)
+
+    def teaching(self, *, splits: Splits | None = None) -> xr.Dataset:
+        """See `distributed_stiffness.analysis.teaching`."""
+        return teaching(self._ds, splits=splits)
+
+    def teaching_extremes(
+        self,
+        n: int = 10,
+        *,
+        measure: str = "cosine",
+        relation: str = "all",
+        by_class: bool = False,
+        splits: Splits | None = None,
+    ) -> xr.Dataset:
+        """See `distributed_stiffness.analysis.teaching_extremes`."""
+        return teaching_extremes(
+            self._ds, n, measure=measure, relation=relation, by_class=by_class, splits=splits
+        )
 
     def curves(self) -> xr.Dataset:
         """See `distributed_stiffness.analysis.checkpoint_curves`."""
         return checkpoint_curves(self._ds)
 
     def summary(
-        self, *, bins: int = 20, splits: Splits | None = None, progress: Progress | None = None
+        self,
+        *,
+        bins: int = 20,
+        splits: Splits | None = None,
+        distance: Distance = DISTANCE,
+        against: xr.Dataset | None = None,
+        progress: Progress | None = None,
     ) -> Summary:
         """Compute everything at once: see `distributed_stiffness.analysis.summary`."""
-        return summary(self._ds, bins=bins, splits=splits, progress=progress)
+        return summary(
+            self._ds,
+            bins=bins,
+            splits=splits,
+            distance=distance,
+            against=against,
+            progress=progress,
+        )

@@ -10,22 +10,38 @@ Legend as in `jackknife`: E examples, C groups (rows a, columns b), S sums, 2 me
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from distributed_stiffness.analysis.jackknife import Examples, changes, means, spread
+from distributed_stiffness.analysis.jackknife import (
+    Examples,
+    changes,
+    means,
+    slabs,
+    spread,
+    spread_in_slabs,
+)
 
 
 def group_totals(examples: Examples, as_row: np.ndarray, _: np.ndarray) -> np.ndarray:
     """Add up the rows of each group: sums (E, C, S) to (C, C, S)."""
-    return _totals(as_row, examples.groups)
+    totals = np.zeros((as_row.shape[1], *as_row.shape[1:]))
+    for some in slabs(len(as_row)):
+        member = examples.groups[some] == np.arange(len(totals))[:, None]
+        totals += np.tensordot(member.astype(np.float64), as_row[some], axes=1)
+    return totals
 
 
 def cell_errors(examples: Examples, as_row: np.ndarray, as_column: np.ndarray) -> np.ndarray:
     """Return the standard error of every cell (C, C, 2), from sums (E, C, S) of each example."""
-    in_row, in_column = _cell_changes(examples, as_row, as_column)
-    variance = _by_group(in_row, examples) + _by_group(in_column, examples).swapaxes(0, 1)
-    return np.asarray(np.sqrt(variance))
+    n, n_roles = as_row.shape[1], int(examples.roles.max()) + 1
+    cells = _Cells.of(examples, as_row, as_column)
+    of_strata = spread_in_slabs(
+        lambda some: np.stack(cells.changes(some), axis=1), _strata(examples, n), n * n_roles
+    )
+    in_row, in_column = np.moveaxis(of_strata.reshape(n_roles, n, 2, n, 2).sum(0), 1, 0)
+    return np.asarray(np.sqrt(in_row + in_column.swapaxes(0, 1)))
 
 
 def mean_errors(
@@ -45,14 +61,18 @@ def mean_errors(
     Returns:
         (3, 2): of the first mean, the second, and the first minus the second.
     """
-    there = np.isfinite(means(_totals(as_row, examples.groups)))
-    in_row, in_column = _cell_changes(examples, as_row, as_column)
-    first, second = (
-        _change_of_mean(mask[..., None] & there, in_row, in_column, examples.groups)
-        for mask in masks
+    cells = _Cells.of(examples, as_row, as_column)
+    chosen = [mask[..., None] & np.isfinite(cells.means) for mask in masks]
+
+    def changes_of(some: slice) -> np.ndarray:
+        in_row, in_column = cells.changes(some)
+        groups = examples.groups[some]
+        first, second = (_change_of_mean(set_, in_row, in_column, groups) for set_ in chosen)
+        return np.stack([first, second, first - second], axis=1)
+
+    return np.asarray(
+        np.sqrt(spread_in_slabs(changes_of, _strata(examples, len(cells.means))).sum(0))
     )
-    change = np.stack([first, second, first - second], axis=1)
-    return np.asarray(np.sqrt(spread(change, _strata(examples, len(there))).sum(0)))
 
 
 def pooled_errors(examples: Examples, as_row: np.ndarray, as_column: np.ndarray) -> np.ndarray:
@@ -60,42 +80,54 @@ def pooled_errors(examples: Examples, as_row: np.ndarray, as_column: np.ndarray)
 
     Classes are no strata here: how many examples each has is as much a matter of chance.
     """
-    lost = as_row + as_column
-    within = lost[np.arange(len(lost)), examples.groups]
-    both = np.stack([within, lost.sum(1) - within], axis=1)
-    return np.asarray(np.sqrt(spread(changes(both), examples.roles).sum(0)))
+    own = np.arange(len(as_row)), examples.groups
+    within = as_row[own] + as_column[own]
+    lost = np.stack([within, as_row.sum(1) + as_column.sum(1) - within], axis=1)
+    change = changes(lost.sum(0) / 2, lost)
+    return np.asarray(np.sqrt(spread(change, examples.roles).sum(0)))
 
 
-def _cell_changes(
-    examples: Examples, as_row: np.ndarray, as_column: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return how cells change without each example: (E, C, 2) in its row of cells and its column.
+@dataclass(frozen=True)
+class _Cells:
+    """The cells of a class matrix, and how they change without each example."""
 
-    Entry (e, b) is of the cell (group of e, b) in the first and of (b, group of e) in the second;
-    the cell that is in both counts in the first alone.
-    """
-    groups = examples.groups
-    own = np.arange(len(groups)), groups
-    totals = _totals(as_row, groups)
-    left = totals[groups]
-    left -= as_row
-    left[own] -= as_column[own]
-    in_row = means(left) - means(totals)[groups]
-    if as_column is as_row:  # a symmetric matrix
+    examples: Examples
+    as_row: np.ndarray  # (E, C, S)
+    as_column: np.ndarray  # the same array where the matrix is symmetric
+    totals: np.ndarray  # (C, C, S)
+    means: np.ndarray  # (C, C, 2)
+    one_sided: np.ndarray  # (C, C, 2) bool, pairs (i, j) are there without their (j, i)
+
+    @classmethod
+    def of(cls, examples: Examples, as_row: np.ndarray, as_column: np.ndarray) -> _Cells:
+        totals = group_totals(examples, as_row, as_column)
         # A store that is half written may hold (i, j) without (j, i): the sums tell too little.
-        in_row[(totals[..., 2:] != totals.swapaxes(0, 1)[..., 2:])[groups]] = np.nan
-        in_column = in_row.copy()
-    else:
-        totals = totals.swapaxes(0, 1)
-        in_column = means(totals[groups] - as_column) - means(totals)[groups]
-    in_column[own] = 0
-    return in_row, in_column
+        one_sided = totals[..., 2:] != totals.swapaxes(0, 1)[..., 2:]
+        return cls(examples, as_row, as_column, totals, means(totals), one_sided)
 
+    def changes(self, some: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Return how cells change without some examples (e, C, 2), in their row and their column.
 
-def _totals(as_row: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Add up the rows of each group: (E, C, S) to (C, C, S)."""
-    member = (groups == np.arange(as_row.shape[1])[:, None]).astype(np.float64)
-    return np.asarray(np.tensordot(member, as_row, axes=1))
+        Entry (e, b) is of the cell (group of e, b) in the first and of (b, group of e) in the
+        second; the cell that is in both counts in the first alone.
+        """
+        groups, as_row, as_column = (
+            part[some] for part in (self.examples.groups, self.as_row, self.as_column)
+        )
+        own = np.arange(len(groups)), groups
+        left = self.totals[groups]
+        left -= as_row
+        left[own] -= as_column[own]
+        in_row = means(left) - self.means[groups]
+        if self.as_column is self.as_row:
+            in_row[self.one_sided[groups]] = np.nan
+            in_column = in_row.copy()
+        else:
+            left = self.totals.swapaxes(0, 1)[groups]
+            left -= as_column
+            in_column = means(left) - self.means.swapaxes(0, 1)[groups]
+        in_column[own] = 0
+        return in_row, in_column
 
 
 def _strata(examples: Examples, n_groups: int) -> np.ndarray:
@@ -103,17 +135,10 @@ def _strata(examples: Examples, n_groups: int) -> np.ndarray:
     return np.asarray(examples.groups + n_groups * examples.roles)
 
 
-def _by_group(change: np.ndarray, examples: Examples) -> np.ndarray:
-    """Add up what the examples of each group add to the variance: (E, C, 2) to (C, C, 2)."""
-    n, n_roles = change.shape[1], int(examples.roles.max()) + 1
-    variance = spread(change, _strata(examples, n), n * n_roles)
-    return np.asarray(variance.reshape(n_roles, n, *change.shape[1:]).sum(0))
-
-
 def _change_of_mean(
     cells: np.ndarray, in_row: np.ndarray, in_column: np.ndarray, groups: np.ndarray
 ) -> np.ndarray:
-    """Return the change (E, 2) of the mean over `cells` (C, C, 2) without each example."""
+    """Return the change (e, 2) of the mean over `cells` (C, C, 2) without each example."""
     of_row = np.where(cells[groups], in_row, 0).sum(1)
     of_column = np.where(cells.swapaxes(0, 1)[groups], in_column, 0).sum(1)
     n = cells.sum((0, 1))

@@ -19,7 +19,7 @@ import xarray as xr
 
 from distributed_stiffness.analysis.classes import within_between
 from distributed_stiffness.analysis.critical_length import critical_length
-from distributed_stiffness.analysis.equal_loss import at_equal_loss
+from distributed_stiffness.analysis.equal_loss import at_equal_loss, common_losses
 from distributed_stiffness.analysis.one_pass import compute
 from distributed_stiffness.analysis.paired import paired_differences
 from distributed_stiffness.analysis.superclasses import superclass_contrast
@@ -113,24 +113,16 @@ def true_minus_permuted(
     return _of_seeds(found[name], found[f"{name}_error"], expected=1)
 
 
-def common_losses(train_loss: xr.DataArray, count: int = 3) -> list[float]:
-    """Return training losses that every run passes, evenly spread in their logarithm.
-
-    From the highest at which a run ends to the lowest at which one starts, without both ends.
-    """
-    runs = [dim for dim in train_loss.dims if dim != "iteration"]
-    low = float(train_loss.min("iteration").max(runs))
-    high = float(train_loss.isel(iteration=0).min(runs))
-    return [float(loss) for loss in np.geomspace(high, low, count + 2)[1:-1]]
-
-
 def rate_effect(stores: Stores, *, study: str, loss: int) -> Finding:
     """Between-class sign stiffness at the highest rate minus that at the lowest, at equal loss.
 
     Expected above 0 by v1. `loss` is the place in `common_losses`, from 0.
     """
     ds = stores[study]
-    wanted = common_losses(ds["train_loss"].compute())[loss]
+    losses = common_losses(ds["train_loss"].compute())
+    if not losses:
+        return _unknown("there is no training loss that every run passes")
+    wanted = losses[loss]
     found = at_equal_loss(compute(within_between(ds)), wanted).sel(relation="between")
     low, high = found.isel(learning_rate=0), found.isel(learning_rate=-1)
     difference = (high["sign"] - low["sign"]).reset_coords(drop=True)

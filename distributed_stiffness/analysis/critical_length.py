@@ -1,4 +1,4 @@
-"""The dynamical critical length ξ: the input distance at which stiffness reaches zero.
+"""The dynamical critical length ξ: the distance of two inputs at which stiffness reaches zero.
 
 A weighted line through the means of bins needs five sums over pairs alone: of 1, x, x², y and x·y,
 with x the centre of the pair's bin and y its stiffness. They are linear in the sums of an example,
@@ -9,14 +9,16 @@ Legend of the arrays: E examples, k bins, r relations, S sums (as in `sums`), F 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from distributed_stiffness.analysis.distance import binned_sums
-from distributed_stiffness.analysis.jackknife import MEASURES, Examples, spread
+from distributed_stiffness.analysis.jackknife import MEASURES, Examples, slabs, spread
+from distributed_stiffness.analysis.metric import DISTANCE, Distance
 from distributed_stiffness.analysis.pairs import Splits, checkpoint_coordinates, origin
 from distributed_stiffness.errors import DataError
 
@@ -46,6 +48,7 @@ def critical_length(
     edges: Sequence[float] | np.ndarray | None = None,
     *,
     relation: str = "within",
+    distance: Distance = DISTANCE,
     splits: Splits | None = None,
 ) -> xr.Dataset:
     """Fit a line to mean stiffness against distance and return where it crosses zero.
@@ -63,6 +66,7 @@ def critical_length(
         bins: as in `distance_profile`, for a store.
         edges: as there.
         relation: which pairs, "within" (the paper's), "between" or "all".
+        distance: as there, for a store.
         splits: as there.
 
     Returns:
@@ -74,15 +78,15 @@ def critical_length(
         which ξ lies outside that range or nowhere).
 
     Raises:
-        DataError: the store has no distances, or the edges do not ascend.
+        DataError: the store has no such distance, or the edges do not ascend.
     """
     if relation not in _RELATIONS:
         raise DataError(f"relation is {relation!r}: expected one of {', '.join(_RELATIONS)}")
     if "distance_bin" in ds.dims and "example" not in ds.dims:  # a profile, not a store
         fitted = _of_profile(ds.sel(relation=relation, drop=True))
         result = _named(fitted, (*_RANGE, *_LINE)).assign_attrs(ds.attrs)
-        return _described(result, _RELATIONS[relation])
-    binned = binned_sums(ds, bins, edges, splits=splits)
+        return _described(result, _RELATIONS[relation], ds["distance_bin"].attrs)
+    binned = binned_sums(ds, bins, edges, distance=distance, splits=splits)
     names = (*_RANGE, *_LINE, *_ERRORS)
     fitted = binned.leave_one_out(
         partial(_line_with_errors, binned.examples, binned.edges, relation),
@@ -90,7 +94,7 @@ def critical_length(
     )
     result = _named(fitted, names).assign_coords(checkpoint_coordinates(ds))
     result = result.assign_attrs(origin(ds), splits=binned.chosen.attrs["splits"])
-    return _described(result, _RELATIONS[relation])
+    return _described(result, _RELATIONS[relation], binned.distance)
 
 
 def _named(fitted: xr.DataArray, names: Sequence[str]) -> xr.Dataset:
@@ -148,12 +152,16 @@ def _line_with_errors(
     as_column: np.ndarray,
 ) -> np.ndarray:
     """Fit the line, and again without each example: sums (E, r, k, S) to (2, values)."""
-    lost = as_row + as_column
-    lost = lost.sum(1) if relation == "all" else lost[:, ("within", "between").index(relation)]
-    lost = np.moveaxis(lost, -1, 0)  # (S, E, k)
-    totals = lost.sum(1) / 2  # each pair is in two rows of the table
     centres = (edges[:-1] + edges[1:]) / 2
-    lost_five = _five_sums(lost[2:], lost[:2], centres)
+    parts, twice = [], np.zeros((as_row.shape[-1], len(centres)))
+    for some in slabs(len(as_row)):
+        lost = as_row[some] + as_column[some]
+        of = lost.sum(1) if relation == "all" else lost[:, ("within", "between").index(relation)]
+        of = np.moveaxis(of, -1, 0)  # (S, e, k)
+        twice += of.sum(1)
+        parts.append(_five_sums(of[2:], of[:2], centres))
+    lost_five = np.concatenate(parts, axis=1)
+    totals = twice / 2  # each pair is in two rows of the table
     five = _five_sums(totals[2:], totals[:2], centres)
     intercept, slope = _fit(five, centres)  # (2,)
     without = _fit(five[:, None] - lost_five, centres)  # (2, E) each
@@ -258,30 +266,33 @@ def _observed(pairs: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndar
     return lowest, highest
 
 
-def _described(result: xr.Dataset, pairs: str) -> xr.Dataset:
+def _described(result: xr.Dataset, pairs: str, distance: Mapping[Hashable, Any]) -> xr.Dataset:
+    name, units = distance.get("long_name", "distance"), distance.get("units", "1")
     for which in ("lowest", "highest"):
         result[f"{which}_distance"].attrs = {
-            "long_name": f"{which} distance observed",
-            "units": "1",
-            "description": f"Edge of the bins that hold {pairs}, in [0, 2].",
+            "long_name": f"{which} {name} observed",
+            "units": units,
+            "description": f"Edge of the bins that hold {pairs}.",
         }
     for measure in MEASURES:
-        fit = f"of the line through mean {measure} stiffness against input distance, {pairs}"
-        for name, (what, description) in _TEXTS.items():
-            if f"{measure}_{name}" in result:
-                result[f"{measure}_{name}"].attrs = {
+        fit = f"of the line through mean {measure} stiffness against {name}, {pairs}"
+        for value, (what, description) in _TEXTS.items():
+            if f"{measure}_{value}" in result:
+                is_distance = value in _DISTANCES
+                result[f"{measure}_{value}"].attrs = {
                     "long_name": what.format(stiffness=f"{measure} stiffness"),
-                    "units": "1",
+                    "units": units if is_distance else "1",
                     "description": description.format(fit=fit),
                 }
-    return result
+    return result.assign_attrs(distance=name)
 
 
 _LENGTH = "critical length of {stiffness}"
+_DISTANCES = ("length", "length_error", "length_low", "length_high")  # in the distance's units
 _TEXTS = {
     "length": (
         _LENGTH,
-        "Zero crossing {fit}: -intercept / slope, a cosine distance. NaN where the slope is not"
+        "Zero crossing {fit}: -intercept / slope. NaN where the slope is not"
         " negative, or not by two of its errors where these are known: where stiffness reaches"
         " zero cannot be told there.",
     ),
@@ -292,7 +303,7 @@ _TEXTS = {
     ),
     "slope": (
         "slope of {stiffness}",
-        "Slope {fit}: stiffness per unit of cosine distance, any sign.",
+        "Slope {fit}: stiffness per unit of distance, any sign.",
     ),
     "intercept": ("intercept of {stiffness}", "Value at distance 0 {fit}; any sign."),
     "length_error": (

@@ -8,7 +8,7 @@ and its error bars.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,8 +25,10 @@ from distributed_stiffness.analysis.jackknife import (
     error_attrs,
     examples_of,
     leave_one_out,
-    spread,
+    slabs,
+    spread_in_slabs,
 )
+from distributed_stiffness.analysis.metric import DISTANCE, Distance, with_distance
 from distributed_stiffness.analysis.pairs import (
     DISTANCE_SUMS,
     Labels,
@@ -52,14 +54,16 @@ def distance_profile(
     bins: int = 20,
     edges: Sequence[float] | np.ndarray | None = None,
     *,
+    distance: Distance = DISTANCE,
     splits: Splits | None = None,
 ) -> xr.Dataset:
-    """Return mean stiffness of pairs in bins of input distance, with standard errors.
+    """Return mean stiffness of pairs in bins of their distance, with standard errors.
 
     Distance is 1 − x_i·x_j/(|x_i||x_j|), in [0, 2], of inputs as the network sees them (Fort et
-    al., v3). Self-pairs are left out. Profiles of two studies can be compared only under one
-    preprocessing, and with the same edges. Errors are by jackknife over examples, all of them one
-    sample; those of neighbouring bins are correlated, for bins share examples.
+    al., v3), or the one that is given. Self-pairs are left out. Profiles of two studies can be
+    compared only under one preprocessing, and with the same edges. Errors are by jackknife over
+    examples, all of them one sample; those of neighbouring bins are correlated, for bins share
+    examples.
 
     Args:
         ds: a store.
@@ -67,6 +71,10 @@ def distance_profile(
         edges: of the bins, ascending; a bin holds its lower edge, the last one both. None: equal
             bins over the distances that occur, for which the distances (not the cosines) are read
             once at this call.
+        distance: name of another variable or coordinate, or an array: of pairs (…, example,
+            other), symmetric, such as those that `distributed_stiffness.add_distances` adds, or of
+            a number or vector of each example (example, …), whose Euclidean distance is taken. It
+            may differ from checkpoint to checkpoint; the bins are the same for all.
         splits: of rows and columns, as in `class_matrix`.
 
     Returns:
@@ -76,9 +84,9 @@ def distance_profile(
         coordinates distance_bin (the centre), lower_edge and upper_edge.
 
     Raises:
-        DataError: the store has no distances, or the edges do not ascend.
+        DataError: the store has no such distance, or the edges do not ascend.
     """
-    binned = binned_sums(ds, bins, edges, splits=splits)
+    binned = binned_sums(ds, bins, edges, distance=distance, splits=splits)
     sums = _of_rows(binned).sum("example")
     both = sums.sum("relation").expand_dims(relation=["all"])
     sums = xr.concat([both, sums], dim="relation")
@@ -107,11 +115,18 @@ _ATTRS = {"cosine": COSINE, "sign": SIGN, "pairs": PAIRS, "cosine_pairs": COSINE
 
 def _bin_errors(examples: Examples, as_row: np.ndarray, as_column: np.ndarray) -> np.ndarray:
     """Return the standard error of each mean (relation, bin, 2), from sums (E, r, k, S)."""
-    lost = as_row + as_column
-    lost = np.concatenate([lost.sum(1, keepdims=True), lost], axis=1)
-    variance = spread(changes(lost), examples.roles).sum(0)
-    pairs = lost[..., 2:]
-    variance[pairs.max(0) > pairs.sum(0) / 4] = np.nan  # the sum counts each pair twice
+
+    def lost_of(some: slice) -> np.ndarray:
+        lost = as_row[some] + as_column[some]
+        return np.concatenate([lost.sum(1, keepdims=True), lost], axis=1)
+
+    twice = sum(lost_of(some).sum(0) for some in slabs(len(as_row)))  # each pair in two examples
+    largest = np.zeros_like(twice[..., 2:])
+    for some in slabs(len(as_row)):
+        np.maximum(largest, lost_of(some)[..., 2:].max(0), out=largest)
+    totals = twice / 2
+    variance = spread_in_slabs(lambda some: changes(totals, lost_of(some)), examples.roles).sum(0)
+    variance[largest > totals[..., 2:] / 2] = np.nan
     return np.asarray(np.sqrt(variance))
 
 
@@ -122,6 +137,7 @@ class BinnedSums:
     chosen: xr.Dataset
     examples: Examples
     edges: np.ndarray  # of the bins
+    distance: Mapping[Hashable, Any]  # attributes that say which
     # Of rows (lead…, N, r, k, S), and of columns (lead…, M, r, k, S) where these are others.
     sides: tuple[da.Array, ...]
 
@@ -136,38 +152,56 @@ def binned_sums(
     bins: int = 20,
     edges: Sequence[float] | np.ndarray | None = None,
     *,
+    distance: Distance = DISTANCE,
     splits: Splits | None = None,
 ) -> BinnedSums:
     """Sum the pairs of each example by relation and distance bin; as `distance_profile`.
 
     Raises:
-        DataError: the store has no distances, or the edges do not ascend.
+        DataError: the store has no such distance, or the edges do not ascend.
     """
-    chosen = _with_distance(ds, splits)
+    chosen = select(with_distance(ds, distance), splits)
     groups = grouping(chosen, "class_name")
     examples = examples_of(chosen, groups)
     if "distance" not in chosen:
         kept = ["row"] if examples.square else ["row", "column"]
         sums = tuple(chosen[f"{side}_{DISTANCE_SUMS}"].data for side in kept)
-        return BinnedSums(chosen, examples, _kept_edges(chosen, edges), sums)
+        return BinnedSums(chosen, examples, _kept_edges(chosen, edges), _OF_INPUTS, sums)
     known_edges = _checked(edges) if edges is not None else _observed_edges(chosen, bins)
     of_rows = labels(chosen, groups)
-    cosine = chosen["cosine"].data
-    distance = chosen["distance"].data.rechunk(cosine.chunks[-2:])
-    sides = [_sums(cosine, distance, of_rows, known_edges)]
+    cosine, between = chosen["cosine"].data, _like_cosines(chosen)
+    sides = [_sums(cosine, between, of_rows, known_edges)]
     if not examples.square:
-        turned = cosine.swapaxes(-1, -2), distance.T
+        turned = cosine.swapaxes(-1, -2), between.swapaxes(-1, -2)
         sides.append(_sums(*turned, of_rows.transposed(), known_edges))
-    return BinnedSums(chosen, examples, known_edges, tuple(sides))
+    described: Mapping[Hashable, Any] = chosen["distance"].attrs or _OF_INPUTS
+    return BinnedSums(chosen, examples, known_edges, described, tuple(sides))
 
 
-def distance_edges(ds: xr.Dataset, bins: int = 20, *, splits: Splits | None = None) -> np.ndarray:
+def _like_cosines(chosen: xr.Dataset) -> da.Array:
+    """Return distances in the blocks of the cosines: (i, j), or (…, i, j) where they differ."""
+    cosine, distance = chosen["cosine"], chosen["distance"]
+    if distance.ndim > 2:
+        missing = [dim for dim in cosine.dims if dim not in distance.dims]
+        distance = distance.expand_dims(missing).transpose(*cosine.dims)
+    pairs = dict(zip(distance.dims, cosine.data.chunks[-distance.ndim :], strict=True))
+    blocks = {dim: size if distance.sizes[dim] > 1 else 1 for dim, size in pairs.items()}
+    return distance.chunk(blocks).data
+
+
+def distance_edges(
+    ds: xr.Dataset,
+    bins: int = 20,
+    *,
+    distance: Distance = DISTANCE,
+    splits: Splits | None = None,
+) -> np.ndarray:
     """Return the edges of equal bins over the distances that occur; they are read at this call.
 
     Raises:
-        DataError: the store has no distances, or no bin is asked for.
+        DataError: the store has no such distance, or no bin is asked for.
     """
-    chosen = _with_distance(ds, splits)
+    chosen = select(with_distance(ds, distance), splits)
     return _observed_edges(chosen, bins) if "distance" in chosen else _kept_edges(chosen, None)
 
 
@@ -186,18 +220,12 @@ def _kept_edges(chosen: xr.Dataset, edges: Sequence[float] | np.ndarray | None) 
     return np.asarray(kept)
 
 
-def _with_distance(ds: xr.Dataset, splits: Splits | None) -> xr.Dataset:
-    chosen = select(ds, splits)
-    if "distance" not in chosen and f"row_{DISTANCE_SUMS}" not in chosen:
-        raise DataError("the store has no variable distance (example, other): no profile")
-    return chosen
-
-
 def distance_row_sums(
     ds: xr.Dataset,
     bins: int = 20,
     edges: Sequence[float] | np.ndarray | None = None,
     *,
+    distance: Distance = DISTANCE,
     splits: Splits | None = None,
 ) -> xr.Dataset:
     """Sum cosine and sign of each row's pairs, by relation and distance bin.
@@ -208,9 +236,9 @@ def distance_row_sums(
         coordinates are those of `distance_profile`.
 
     Raises:
-        DataError: the store has no distances, or the edges do not ascend.
+        DataError: the store has no such distance, or the edges do not ascend.
     """
-    return _of_rows(binned_sums(ds, bins, edges, splits=splits))
+    return _of_rows(binned_sums(ds, bins, edges, distance=distance, splits=splits))
 
 
 def _of_rows(binned: BinnedSums) -> xr.Dataset:
@@ -219,7 +247,9 @@ def _of_rows(binned: BinnedSums) -> xr.Dataset:
     kept = {name: c for name, c in chosen.coords.items() if set(c.dims) <= set(dims)}
     return xr.Dataset(
         {name: (dims, binned.sides[0][..., k]) for k, name in enumerate(SUMS)},
-        coords=kept | {"relation": ["within", "between"]} | _bin_coordinates(binned.edges),
+        coords=kept
+        | {"relation": ["within", "between"]}
+        | bin_coordinates(binned.edges, binned.distance),
         attrs={"splits": chosen.attrs["splits"]},
     ).drop_vars("row_identity")
 
@@ -246,7 +276,7 @@ def _sums_of_block(
 
     Args:
         cosine: (…, i, j).
-        distance: (i, j).
+        distance: (i, j), or (…, i, j) where checkpoints differ.
         labels: of all rows and columns.
         edges: of the bins, float64.
         block_info: from dask, where the block lies.
@@ -254,41 +284,48 @@ def _sums_of_block(
     Returns:
         (…, i, 1, r, k, S) float64.
     """
-    sums = binned_sums_of_pairs(cosine, distance, labels.of_block(block_info), edges)
-    return sums[..., None, :, :, :]
-
-
-def binned_sums_of_pairs(
-    cosine: np.ndarray, distance: np.ndarray, labels: Labels, edges: np.ndarray
-) -> np.ndarray:
-    """Sum pairs (…, i, j) by row, relation and bin; return (…, i, r, k, S) float64."""
     out = np.empty((*cosine.shape[:-1], 2, len(edges) - 1, len(SUMS)))
-    for rows, slab in labels.slabs():
-        part = cosine[..., rows, :], distance[rows]
+    for rows, slab in labels.of_block(block_info).slabs():
+        part = cosine[..., rows, :], distance[..., rows, :]
         out[..., rows, :, :, :] = _sums_of_rows(*part, slab, edges)
-    return out
+    return out[..., None, :, :, :]
 
 
 def _sums_of_rows(
     cosine: np.ndarray, distance: np.ndarray, block: Labels, edges: np.ndarray
 ) -> np.ndarray:
     """Sum a few rows of a block; return (…, i, r, k, S)."""
-    n_bins, n_rows = len(edges) - 1, len(distance)
-    kept = (distance >= edges[0]) & (distance <= edges[-1])  # false where it is NaN
-    if (self_pair := block.self_pairs()) is not None:
-        kept &= ~self_pair
-    # (row, relation, bin, kind of pair) as one integer; the kind is added for each checkpoint.
-    place = _bins(distance, kept, edges)
-    np.add(place, n_bins, out=place, where=block.row_groups[:, None] != block.column_groups)
-    place += 2 * n_bins * np.arange(n_rows)[:, None]
-    place *= 4
-    lead, zero = cosine.shape[:-2], block.zero_pairs()
+    n_bins, (*lead, n_rows, _) = len(edges) - 1, cosine.shape
+    zero, self_pair = block.zero_pairs(), block.self_pairs()
     out = np.empty((*lead, n_rows, 2, n_bins, len(SUMS)))
-    for at in np.ndindex(lead):
+    placed = None
+    for at in np.ndindex(*lead):
+        if placed is None or distance.ndim > 2:
+            of = distance if distance.ndim == 2 else np.broadcast_to(distance, cosine.shape)[at]
+            placed = _placed(of, block, self_pair, edges)
+        kept, place = placed
         kind = _kind(cosine[at], None if zero is None else zero[at])
         sums = _added(cosine[at], place + kind, kept, size=8 * n_rows * n_bins)
         out[at] = sums.reshape(n_rows, 2, n_bins, len(SUMS))
     return out
+
+
+def _placed(
+    distance: np.ndarray, block: Labels, self_pair: np.ndarray | None, edges: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which pairs (i, j) count, and (row, relation, bin) of each as one integer times 4.
+
+    The kind of pair is added to it for each checkpoint.
+    """
+    n_bins = len(edges) - 1
+    kept = (distance >= edges[0]) & (distance <= edges[-1])  # false where it is NaN
+    if self_pair is not None:
+        kept &= ~self_pair
+    place = _bins(distance, kept, edges)
+    np.add(place, n_bins, out=place, where=block.row_groups[:, None] != block.column_groups)
+    place += 2 * n_bins * np.arange(len(distance))[:, None]
+    place *= 4
+    return kept, place
 
 
 def _kind(cosine: np.ndarray, zero: np.ndarray | None) -> np.ndarray:
@@ -339,15 +376,15 @@ def _observed_edges(chosen: xr.Dataset, bins: int) -> np.ndarray:
     """Return equal bins over the distances that occur, self-pairs left out."""
     if bins < 1:
         raise DataError(f"bins is {bins}: expected 1 or more")
-    distance = chosen["distance"].data
+    distance = _like_cosines(chosen)
     extremes = da.map_blocks(
         _extremes_of_block,
         distance,
         labels=labels(chosen, grouping(chosen, "class_name")),
-        new_axis=2,
-        chunks=((1,) * distance.numblocks[0], (1,) * distance.numblocks[1], (2,)),
+        new_axis=distance.ndim,
+        chunks=(*((1,) * n for n in distance.numblocks), (2,)),
         dtype=np.float64,
-        meta=np.empty((0, 0, 0)),
+        meta=np.empty((0,) * (distance.ndim + 1)),
     ).compute()
     low, high = float(extremes[..., 0].min()), float(extremes[..., 1].max())
     if not low <= high:  # nothing is known
@@ -363,17 +400,28 @@ def _extremes_of_block(distance: np.ndarray, *, labels: Labels, block_info: Any)
         known &= ~self_pair
     low = np.min(distance, initial=np.inf, where=known)
     high = np.max(distance, initial=-np.inf, where=known)
-    return np.array([[[low, high]]], dtype=np.float64)
+    return np.array([low, high], dtype=np.float64).reshape((1,) * distance.ndim + (2,))
 
 
-def _bin_coordinates(edges: np.ndarray) -> dict[str, xr.DataArray]:
+_OF_INPUTS: Mapping[Hashable, Any] = {
+    "long_name": "cosine distance of the inputs",
+    "units": "1",
+    "description": "In [0, 2].",
+}
+
+
+def bin_coordinates(
+    edges: np.ndarray, distance: Mapping[Hashable, Any] = _OF_INPUTS
+) -> dict[str, xr.DataArray]:
+    """Return centre, lower and upper edge of each bin; the centre is named after the distance."""
+    units = distance.get("units", "1")
     centre = xr.DataArray(
         (edges[:-1] + edges[1:]) / 2,
         dims="distance_bin",
         attrs={
-            "long_name": "cosine distance of the inputs",
-            "units": "1",
-            "description": "Centre of the bin, in [0, 2].",
+            "long_name": distance.get("long_name", "distance"),
+            "units": units,
+            "description": f"Centre of the bin. {distance.get('description', '')}".strip(),
         },
     )
     sides = {"lower_edge": edges[:-1], "upper_edge": edges[1:]}
@@ -381,7 +429,7 @@ def _bin_coordinates(edges: np.ndarray) -> dict[str, xr.DataArray]:
         name: xr.DataArray(
             values,
             dims="distance_bin",
-            attrs={"long_name": name.replace("_", " ") + " of the distance bin", "units": "1"},
+            attrs={"long_name": name.replace("_", " ") + " of the distance bin", "units": units},
         )
         for name, values in sides.items()
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import xarray as xr
 
@@ -47,6 +49,47 @@ def at_equal_loss(result: xr.Dataset, loss: float) -> xr.Dataset:
     done["train_loss"] = xr.DataArray(float(loss), attrs=losses.attrs)
     done = done.set_coords("train_loss").assign_attrs(result.attrs)
     return done.assign_attrs(never_reached=_names(reached))
+
+
+def common_losses(train_loss: xr.DataArray, count: int = 3) -> list[float]:
+    """Return training losses that every run passes, evenly spread in their logarithm.
+
+    From the least with which a run starts to the highest at which one ends, without both ends;
+    descending. Empty where a run ends above where another starts.
+    """
+    runs = [dim for dim in train_loss.dims if dim != "iteration"]
+    low = float(train_loss.min("iteration").max(runs))
+    high = float(train_loss.isel(iteration=0).min(runs))
+    if not 0 < low < high:
+        return []
+    return [float(loss) for loss in np.geomspace(high, low, count + 2)[1:-1]]
+
+
+def at_equal_losses(result: xr.Dataset, losses: Sequence[float] | None = None) -> xr.Dataset:
+    """Interpolate a result to several training losses: `at_equal_loss` for each, side by side.
+
+    Args:
+        result: as there.
+        losses: training losses; None: three that every run passes (`common_losses`).
+
+    Returns:
+        As there, along the first dimension `train_loss`.
+
+    Raises:
+        DataError: as there, or there is no loss that every run passes.
+    """
+    if losses is None:
+        if "iteration" not in result.dims or "train_loss" not in result.variables:
+            raise DataError("expected a result over iterations that carries train_loss")
+        losses = common_losses(result["train_loss"].compute())
+    if not losses:
+        raise DataError("there is no training loss that every run passes: train longer, or give it")
+    parts = [at_equal_loss(result, loss) for loss in losses]
+    missed = {name for part in parts for name in part.attrs["never_reached"]}
+    found: xr.Dataset = xr.concat(
+        parts, dim="train_loss", coords="different", compat="equals", combine_attrs="override"
+    )
+    return found.assign_attrs(never_reached=sorted(missed))
 
 
 def _crossing(losses: xr.DataArray, loss: float) -> tuple[xr.DataArray, xr.DataArray]:

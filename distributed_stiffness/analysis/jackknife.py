@@ -16,7 +16,7 @@ Legend of the arrays, which are those of one checkpoint: E examples, C groups, S
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +29,9 @@ from distributed_stiffness.analysis.pairs import Grouping
 from distributed_stiffness.errors import DataError
 
 MEASURES = ("cosine", "sign")  # in the order of the last axis
+# Examples whose sums are worked on at a time: a few copies of them all would take more memory than
+# the matrix's chunks, and more time than those of a slab, which stay in the cache.
+SLAB = 512
 _BOTH, _ROW, _COLUMN = range(3)
 
 Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -111,7 +114,9 @@ def leave_one_out(
     n = len(lead)
     new_axes = dict(enumerate(dims.values(), start=n))
     arguments: list[Any] = []
-    for k, of_side in enumerate(sums, start=1):
+    # In one piece, which all statistics share: each of them would put its own together.
+    whole = [of_side.rechunk({n: -1}) for of_side in sums]
+    for k, of_side in enumerate(whole, start=1):
         arguments += [of_side, (*range(n), *(100 * k + axis for axis in range(n, of_side.ndim)))]
     values = da.blockwise(
         partial(_at_each_checkpoint, statistic, examples, n),
@@ -143,39 +148,56 @@ def means(sums: np.ndarray) -> np.ndarray:
     return ratio
 
 
-def changes(lost: np.ndarray) -> np.ndarray:
-    """Return by how much every mean changes without each example: (E, …, S) to (E, …, 2).
+def changes(totals: np.ndarray, lost: np.ndarray) -> np.ndarray:
+    """Return by how much every mean changes without each example: (e, …, S) to (e, …, 2).
 
     Args:
-        lost: sums over the ordered pairs that each example is in; each pair is in two of them.
+        totals: sums over all pairs (…, S), each pair once for every two of `lost` that it is in.
+        lost: sums over the pairs that each of some examples is in.
     """
-    totals = lost.sum(0) / 2
     return np.asarray(means(totals - lost) - means(totals))
 
 
+def slabs(n: int) -> Iterator[slice]:
+    """Yield n examples a few at a time."""
+    for start in range(0, n, SLAB):
+        yield slice(start, min(start + SLAB, n))
+
+
 def spread(change: np.ndarray, strata: np.ndarray, n_strata: int = 0) -> np.ndarray:
+    """As `spread_in_slabs`, of changes (E, …) that are at hand."""
+    return spread_in_slabs(change.__getitem__, strata, n_strata)
+
+
+def spread_in_slabs(
+    changes_of: Callable[[slice], np.ndarray], strata: np.ndarray, n_strata: int = 0
+) -> np.ndarray:
     """Return what the examples of each stratum add to the jackknife's variance.
 
     Args:
-        change: (E, …) of a statistic without each example; NaN where there is none then.
+        changes_of: of some of the examples, (e, …) of a statistic without each; NaN where there is
+            none then.
         strata: (E,) int64, from 0.
         n_strata: how many there are at least.
 
     Returns:
         (strata, …); NaN where the statistic hangs on one example.
     """
-    flat = change.reshape(len(change), -1)
-    unknown = np.isnan(flat)
-    if unknown.any():
-        flat = np.where(unknown, 0.0, flat)
     n = np.bincount(strata, minlength=n_strata)
-    member = (strata == np.arange(len(n))[:, None]).astype(np.float64)
+    total = squares = unknown = np.zeros(1)
+    for some in slabs(len(strata)):
+        change = changes_of(some)
+        flat = change.reshape(len(change), -1)
+        member = (strata[some] == np.arange(len(n))[:, None]).astype(np.float64)
+        missing = np.isnan(flat)
+        if missing.any():
+            flat = np.where(missing, 0.0, flat)
+            unknown = unknown + member @ missing
+        total = total + member @ flat
+        squares = squares + member @ flat**2
     size = np.maximum(n, 1)[:, None]
-    squares = member @ flat**2
-    variance = (1 - 1 / size) * np.maximum(squares - (member @ flat) ** 2 / size, 0)
-    variance[(size == 1) & (squares > 0)] = np.nan
-    if unknown.any():
-        variance[member @ unknown > 0] = np.nan
+    variance = (1 - 1 / size) * np.maximum(squares - total**2 / size, 0)
+    variance[((size == 1) & (squares > 0)) | (unknown > 0)] = np.nan
     return np.asarray(variance.reshape(-1, *change.shape[1:]))
 
 

@@ -7,12 +7,14 @@ examples. Errors of two means, taken as independent, would be too wide.
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import xarray as xr
 
 from distributed_stiffness.analysis.classes import within_between
 from distributed_stiffness.analysis.jackknife import MEASURES
-from distributed_stiffness.analysis.pairs import Splits
+from distributed_stiffness.analysis.pairs import Splits, of_either_split, with_labels_in_memory
 from distributed_stiffness.errors import DataError
 
 _SAME = ("example", "split", "class_name")
@@ -40,45 +42,128 @@ def paired_differences(
     Raises:
         DataError: the stores have other examples, no pairs, or no checkpoint in common.
     """
-    cosines = _matched(first, second)
+    first, second = _matched(first, second, splits)
     either_zero = _either_zero(first, second)
     parts = []
     for measure in MEASURES:
-        a, b = (np.sign(c) if measure == "sign" else c for c in cosines)
+        a, b = (
+            np.sign(ds["cosine"]) if measure == "sign" else ds["cosine"] for ds in (first, second)
+        )
         made = xr.Dataset({"cosine": a - b}, attrs=first.attrs)
         if measure == "cosine" and either_zero is not None:
             made["gradient_norm"] = (~either_zero).astype(np.float64)
-        found = within_between(made, splits=splits)
-        parts.append(_described(found, measure))
+        parts.append(_described(within_between(made, splits=splits), measure))
     return xr.merge(parts, compat="override", join="exact", combine_attrs="override")
 
 
-def _matched(first: xr.Dataset, second: xr.Dataset) -> tuple[xr.DataArray, xr.DataArray]:
+def paired_curves(
+    first: xr.Dataset, second: xr.Dataset, *, splits: Splits | None = None
+) -> xr.Dataset:
+    """Return mean stiffness in each of two stores, within and between, and their difference.
+
+    Args:
+        first: as in `paired_differences`.
+        second: as there.
+        splits: as there.
+
+    Returns:
+        Lazy Dataset over leading dimensions + (relation: within, between): of `within_between`,
+        sign and cosine with sign_error and cosine_error along the first dimension `study` (first,
+        second); and sign_difference and cosine_difference with their errors, of
+        `paired_differences`. Of the checkpoints that both have. The coordinate study_name says
+        "true labels", "permuted labels", or the titles.
+
+    Raises:
+        DataError: as there.
+    """
+    differences = paired_differences(first, second, splits=splits)
+    kept = [name.format(measure) for measure in MEASURES for name in ("{}", "{}_error")]
+    of_each = [within_between(ds, splits=splits)[kept] for ds in _matched(first, second, splits)]
+    bare = [
+        found.drop_vars([c for c in found.coords if c not in found.indexes]) for found in of_each
+    ]
+    both = xr.concat(
+        bare,
+        dim="study",
+        coords="minimal",
+        compat="override",
+        join="inner",
+        combine_attrs="override",
+    )
+    renamed = {
+        f"{measure}{end}": f"{measure}_difference{end}"
+        for measure in MEASURES
+        for end in ("", "_error")
+    }
+    both = both.assign(differences[list(renamed)].rename(renamed).data_vars)
+    return both.assign_coords(
+        study=("study", _text("first", "second"), {"long_name": "which store"}),
+        study_name=(
+            "study",
+            _text(*_names(first, second)),
+            {"long_name": "what it was trained on"},
+        ),
+    )
+
+
+def _matched(
+    first: xr.Dataset, second: xr.Dataset, splits: Splits | None
+) -> tuple[xr.Dataset, xr.Dataset]:
+    """Return both stores at the checkpoints that both have, the examples of either split alone.
+
+    What the others are may differ: where labels are permuted, training examples have other classes.
+    """
     for which, ds in (("first", first), ("second", second)):
         if "cosine" not in ds:
             raise DataError(
                 f"the {which} store keeps no pairs (no variable cosine): no differences"
             )
+    first, second = (of_either_split(with_labels_in_memory(ds), splits) for ds in (first, second))
     for name in (*_SAME, *(f"other_{name}" for name in _SAME[1:]), "other"):
         if (name in first.coords) != (name in second.coords) or (
             name in first.coords and not np.array_equal(first[name].values, second[name].values)
         ):
             raise DataError(
-                f"the two stores differ in {name!r}: expected the same examples in the same order;"
-                " draw both with one sample_seed and as many examples"
+                f"the two stores differ in {name!r}: expected the same examples in the same order,"
+                " of the same classes; draw both with one sample_seed and as many examples, and"
+                " where labels are permuted take validation pairs"
             )
-    a, b = xr.align(first["cosine"], second["cosine"], join="inner")
-    if a.size == 0:
+    kept = [name for name in ("cosine", "gradient_norm") if name in first and name in second]
+    a, b = xr.align(first[kept], second[kept], join="inner")
+    if a["cosine"].size == 0:
         raise DataError("the two stores have no checkpoint in common: nothing to subtract")
-    lead = [dim for dim in b.dims if dim not in ("example", "other")]
-    return a, b.drop_vars([name for name in b.coords if name not in lead])
+    return a, b
+
+
+def _names(first: xr.Dataset, second: xr.Dataset) -> tuple[str, str]:
+    """Name two studies by their labels, or where these do not tell them apart by their titles."""
+    for name in (_labels, lambda ds: str(ds.attrs.get("title", ""))):
+        a, b = name(first), name(second)
+        if a != b and a and b:
+            return a, b
+    return "first store", "second store"
+
+
+def _labels(ds: xr.Dataset) -> str:
+    try:
+        share = json.loads(ds.attrs["study"])["data"]["permuted_labels"]
+    except (KeyError, TypeError, ValueError):  # a store of others
+        return ""
+    if share == 0:
+        return "true labels"
+    return "permuted labels" if share == 1 else f"{100 * share:g} % of labels permuted"
+
+
+def _text(*values: str) -> np.ndarray:
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
 
 
 def _either_zero(first: xr.Dataset, second: xr.Dataset) -> xr.DataArray | None:
-    if "gradient_norm" not in first or "gradient_norm" not in second:
+    if "gradient_norm" not in first:
         return None
     a, b = (ds["gradient_norm"].reset_coords(drop=True) == 0 for ds in (first, second))
-    a, b = xr.align(a, b, join="inner")
     return a | b
 
 

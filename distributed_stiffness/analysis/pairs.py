@@ -120,16 +120,16 @@ def select(ds: xr.Dataset, splits: Splits | None) -> xr.Dataset:
             several splits, else the one that there is.
 
     Returns:
-        Dataset with cosine (…, example, other); distance (example, other) where `ds` has it (of a
-        store that keeps sums in their place: `reduced.select_sums`);
+        Dataset with cosine (…, example, other); distance (…, example, other) where `ds` has it (of
+        a store that keeps sums in their place: these, of rows and of columns);
         row_zero (…, example) and column_zero (…, other), true where a gradient is zero; and the
         coordinates row_identity (example) and column_identity (other), equal for a self-pair.
 
     Raises:
         DataError: there are no cosines, or not the splits asked for.
     """
-    _checkpoint_dims(ds)
-    ds = _with_identities(with_labels_in_memory(ds))
+    checkpoint_dims(ds)
+    ds = with_identities(with_labels_in_memory(ds))
     kept = _sums_kept(ds) if CLASS_SUMS in ds else _pairs_kept(ds)
     labels = {name: c for name, c in ds.coords.items() if c.dims in (("example",), ("other",))}
     chosen = xr.Dataset({**kept, **_zero_gradients(ds)}, coords=labels, attrs=ds.attrs)
@@ -140,7 +140,7 @@ def select(ds: xr.Dataset, splits: Splits | None) -> xr.Dataset:
 def _pairs_kept(ds: xr.Dataset) -> dict[str, xr.DataArray]:
     kept = {"cosine": ds["cosine"].transpose(..., "example", "other")}
     if "distance" in ds:
-        kept["distance"] = ds["distance"].transpose("example", "other")
+        kept["distance"] = ds["distance"].transpose(..., "example", "other")
     return kept
 
 
@@ -236,7 +236,7 @@ def leading_dims(chosen: xr.Dataset) -> tuple[Hashable, ...]:
     return tuple(sums.dims[: sums.get_axis_num("example")])
 
 
-def _checkpoint_dims(ds: xr.Dataset) -> set[Hashable]:
+def checkpoint_dims(ds: xr.Dataset) -> set[Hashable]:
     """Return the dimensions of a store that tell checkpoints apart.
 
     Raises:
@@ -262,7 +262,7 @@ def checkpoint_coordinates(ds: xr.Dataset) -> dict[Hashable, xr.DataArray]:
 
     They travel with every result, so that a figure can say when a matrix was taken.
     """
-    lead = _checkpoint_dims(ds)
+    lead = checkpoint_dims(ds)
     known = {
         name: coordinate for name, coordinate in ds.coords.items() if set(coordinate.dims) <= lead
     }
@@ -274,7 +274,7 @@ def checkpoint_coordinates(ds: xr.Dataset) -> dict[Hashable, xr.DataArray]:
     return known | curves
 
 
-def _with_identities(ds: xr.Dataset) -> xr.Dataset:
+def with_identities(ds: xr.Dataset) -> xr.Dataset:
     """Number the examples by split and `example`, rows and columns alike."""
     n = ds.sizes["example"]
     names = np.concatenate([ds["example"].values, ds["other"].values])
@@ -309,33 +309,61 @@ def _zero_gradients(ds: xr.Dataset) -> dict[str, xr.Variable]:
     return {"row_zero": zero, "column_zero": column_zero}
 
 
-def _of_splits(chosen: xr.Dataset, splits: Splits | None) -> tuple[xr.Dataset, str]:
-    """Keep the rows and columns of two splits; say which in one word."""
-    if "split" not in chosen.coords or "other_split" not in chosen.coords:
+def of_either_split(ds: xr.Dataset, splits: Splits | None) -> xr.Dataset:
+    """Return a store with the examples of two splits alone, each as a row and as a column.
+
+    Raises:
+        DataError: the store has no such splits.
+    """
+    if (found := _splits_of(ds, splits)) is None:
+        return ds
+    rows, columns = (np.isin(_texts(ds[name]), found) for name in ("split", "other_split"))
+    return ds.isel(example=_indexer(rows), other=_indexer(columns))
+
+
+def _splits_of(ds: xr.Dataset, splits: Splits | None) -> Splits | None:
+    """Return the splits to keep; None where the store does not tell splits apart.
+
+    Raises:
+        DataError: they are not there, or have to be given.
+    """
+    if "split" not in ds.coords or "other_split" not in ds.coords:
         if splits is not None:
             raise DataError(
                 f"splits is {splits!r}, but the store does not tell splits apart (no coordinates"
                 " split and other_split): leave splits out"
             )
-        return _against(chosen, 0, 0), "all"
-    rows, columns = (chosen[name].values.astype(str) for name in ("split", "other_split"))
+        return None
+    there = [set(_texts(ds[name]).tolist()) for name in ("split", "other_split")]
     if splits is None:
-        found = sorted({*rows.tolist(), *columns.tolist()})
+        found = sorted(there[0] | there[1])
         if len(found) > 1 and "validation" not in found:
             raise DataError(f"several splits, {found}, and none is 'validation': give splits")
         splits = (found[0], found[0]) if len(found) == 1 else ("validation", "validation")
-    keep = rows == splits[0], columns == splits[1]
-    for wanted, mask, there in zip(splits, keep, (rows, columns), strict=True):
-        if not mask.any():
+    for wanted, known in zip(splits, there, strict=True):
+        if wanted not in known:
             raise DataError(
                 f"splits is {splits!r}, but there is no example of split {wanted!r}; there are"
-                f" {sorted(set(there.tolist()))}"
+                f" {sorted(known)}"
             )
-    chosen = chosen.isel(example=_indexer(keep[0]), other=_indexer(keep[1]))
+    return splits
+
+
+def _texts(names: xr.DataArray) -> np.ndarray:
+    """Return text as numpy compares it; its variable-length kind is cast to nothing but objects."""
+    return np.asarray(names.values.astype(object).astype(str))
+
+
+def _of_splits(chosen: xr.Dataset, splits: Splits | None) -> tuple[xr.Dataset, str]:
+    """Keep the rows and columns of two splits; say which in one word."""
+    if (found := _splits_of(chosen, splits)) is None:
+        return _against(chosen, 0, 0), "all"
+    rows, columns = _texts(chosen["split"]) == found[0], _texts(chosen["other_split"]) == found[1]
+    chosen = chosen.isel(example=_indexer(rows), other=_indexer(columns))
     if OTHER_SPLIT in chosen.dims:
         known = chosen[OTHER_SPLIT].values.astype(str).tolist()
-        chosen = _against(chosen, *map(known.index, splits))
-    return chosen, f"{splits[0]}-{splits[1]}"
+        chosen = _against(chosen, *map(known.index, found))
+    return chosen, f"{found[0]}-{found[1]}"
 
 
 def _against(chosen: xr.Dataset, of_rows: int, of_columns: int) -> xr.Dataset:

@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 
 from distributed_stiffness.analysis.distance import (
-    _bin_coordinates,
+    bin_coordinates,
     binned_sums,
     distance_edges,
 )
@@ -99,7 +99,7 @@ def sums_coordinates(classes: Sequence[str], splits: Sequence[str]) -> dict[str,
 
 def distance_coordinates(edges: np.ndarray) -> dict[str, Any]:
     """Return the coordinates of the dimensions of distance sums."""
-    return {"relation": _text(RELATIONS)} | _bin_coordinates(edges)
+    return {"relation": _text(RELATIONS)} | bin_coordinates(edges)
 
 
 def _splits(ds: xr.Dataset) -> list[str] | None:

@@ -21,7 +21,7 @@ from distributed_stiffness.analysis.classes import (
     superclasses_of_classes,
     with_mean_errors,
 )
-from distributed_stiffness.analysis.jackknife import MEASURES, Examples
+from distributed_stiffness.analysis.jackknife import MEASURES, Examples, slabs
 from distributed_stiffness.analysis.pairs import Splits, select
 from distributed_stiffness.analysis.sums import grouped_sums
 from distributed_stiffness.errors import DataError
@@ -111,11 +111,17 @@ def _merged_errors(
 ) -> np.ndarray:
     """Return cell errors after the classes of each super-class are merged in the sums."""
     # One array stays one: that is how `cell_errors` knows a symmetric matrix.
-    merged = np.einsum("ecs,cg->egs", as_row, inside, optimize=True)
-    if as_column is as_row:
-        return cell_errors(examples, merged, merged)
-    other = np.einsum("ecs,cg->egs", as_column, inside, optimize=True)
+    merged = _merged(as_row, inside)
+    other = merged if as_column is as_row else _merged(as_column, inside)
     return cell_errors(examples, merged, other)
+
+
+def _merged(sums: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Add up the classes of each super-class: (E, C, S) to (E, G, S)."""
+    merged = np.empty((len(sums), inside.shape[1], sums.shape[2]))
+    for some in slabs(len(sums)):
+        merged[some] = np.einsum("ecs,cg->egs", sums[some], inside, optimize=True)
+    return merged
 
 
 def _p_values(matrix: xr.Dataset, permutations: int) -> dict[str, xr.DataArray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import matplotlib
@@ -18,11 +19,14 @@ from distributed_stiffness.figures.style import BANDS, band, heading, style
 
 # Above this share, undecided signs are no longer a detail of the sign stiffness.
 NOTABLE_SHARE = 1e-3
-_MARKERS = "os^Dv<>p"
+MARKERS = "os^Dv<>p"
 
 LineStyle = Literal["-", "--"]
-_SOLID: LineStyle = "-"
-_DASHED: LineStyle = "--"
+SOLID: LineStyle = "-"
+DASHED: LineStyle = "--"
+RELATIONS: dict[str, LineStyle] = {"within a class": SOLID, "between classes": DASHED}
+MEANS = {"sign": "share helping − harming", "cosine": "mean cosine of pairs"}  # of axes
+STEPS = "optimiser steps, spaced like a logarithm"
 
 
 def stiffness_curves(within_between: xr.Dataset, curves: xr.Dataset) -> Figure:
@@ -47,7 +51,7 @@ def stiffness_curves(within_between: xr.Dataset, curves: xr.Dataset) -> Figure:
             _stiffness_panel(ax, stiffness, measure)
         for ax, name in zip(axes[1], ("loss", "accuracy"), strict=True):
             _training_panel(ax, training, name)
-        _step_axis(axes[1], training["iteration"].values)
+        step_axis(axes[1], training["iteration"].values)
         _legend(figure, training["learning_rate"].values, _undecided(training))
         heading(
             figure,
@@ -63,22 +67,22 @@ def stiffness_curves(within_between: xr.Dataset, curves: xr.Dataset) -> Figure:
 
 def _stiffness_panel(ax: Axes, stiffness: xr.Dataset, measure: str) -> None:
     ax.axhline(0, color="0.35", linewidth=0.8)
-    for relation, line in (("within", _SOLID), ("between", _DASHED)):
+    for relation, line in zip(("within", "between"), RELATIONS.values(), strict=True):
         of_relation = stiffness.sel(relation=relation)
         _lines(ax, of_relation[measure], line, of_relation.get(f"{measure}_error"))
     ax.set_title(f"{measure.capitalize()} stiffness")
-    ax.set_ylabel(f"mean {measure} of pairs" if measure == "cosine" else "share helping − harming")
-    _key(ax, {"within a class": _SOLID, "between classes": _DASHED})
+    ax.set_ylabel(MEANS[measure])
+    _key(ax, RELATIONS)
 
 
 def _training_panel(ax: Axes, training: xr.Dataset, name: str) -> None:
-    for split, line in (("train", _SOLID), ("validation", _DASHED)):
+    for split, line in (("train", SOLID), ("validation", DASHED)):
         if f"{split}_{name}" in training:
             _lines(ax, training[f"{split}_{name}"], line)
     ax.set_title(name.capitalize())
     ax.set_ylabel("loss (nats)" if name == "loss" else "share correct")
-    ax.set_xlabel("optimiser steps, spaced like a logarithm")
-    _key(ax, {"training": _SOLID, "validation": _DASHED})
+    ax.set_xlabel(STEPS)
+    _key(ax, {"training": SOLID, "validation": DASHED})
 
 
 def _lines(
@@ -95,8 +99,8 @@ def _lines(
                 ax.plot(steps, of_seed, line, color=colours[k], linewidth=0.6, alpha=0.5)
         known = np.isfinite(of_rate)
         mean = np.where(known, of_rate, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
-        face = colours[k] if line == _SOLID else "white"
-        marker = _MARKERS[k % len(_MARKERS)]
+        face = colours[k] if line == SOLID else "white"
+        marker = MARKERS[k % len(MARKERS)]
         ax.plot(steps, mean, line, marker=marker, color=colours[k], markerfacecolor=face)
         if bands is not None:
             band(ax, steps, mean, bands.values[k], colours[k])
@@ -110,31 +114,35 @@ def rate_colours(n: int) -> list[str]:
 
 
 def _key(ax: Axes, styles: dict[str, LineStyle]) -> None:
-    handles = [
+    ax.legend(handles=line_handles(styles), loc="best")
+
+
+def line_handles(styles: dict[str, LineStyle]) -> list[Line2D]:
+    """Return what a legend needs to say what solid and dashed lines are."""
+    return [
         Line2D(
             [],
             [],
             linestyle=line,
             color="0.35",
             marker="o",
-            markerfacecolor="0.35" if line == _SOLID else "white",
+            markerfacecolor="0.35" if line == SOLID else "white",
             label=name,
         )
         for name, line in styles.items()
     ]
-    ax.legend(handles=handles, loc="best")
 
 
 def _legend(figure: Figure, rates: np.ndarray, note: str) -> None:
     handles = [
-        Line2D([], [], color=colour, marker=_MARKERS[k % len(_MARKERS)], label=rate_title(rate))
+        Line2D([], [], color=colour, marker=MARKERS[k % len(MARKERS)], label=rate_title(rate))
         for k, (rate, colour) in enumerate(zip(rates, rate_colours(len(rates)), strict=True))
     ]
     columns = min(len(handles), 5)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, title=note or None)
 
 
-def _step_axis(axes: np.ndarray, steps: np.ndarray) -> None:
+def step_axis(axes: Iterable[Axes], steps: np.ndarray) -> None:
     """Make the axis of steps logarithmic where they span much, with step 0 at its left."""
     positive = steps[steps > 0]
     logarithmic = positive.size > 1 and positive[-1] >= 20 * positive[0]

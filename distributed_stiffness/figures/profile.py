@@ -26,6 +26,7 @@ from distributed_stiffness.figures.style import BANDS, band, heading, style
 
 # Bins with fewer pairs hang on a few examples and are not drawn.
 FEWEST_PAIRS = 20
+_OF_INPUTS = "cosine distance of the inputs"
 _RELATIONS = {
     "within": "two examples of one class",
     "between": "two examples of different classes",
@@ -82,15 +83,21 @@ def profiles(
                 _panel(ax, shown.sel(relation=relation).isel(at), crossing.isel(at), measure)
                 title = f"{measure.capitalize()} stiffness"
                 ax.set_title(f"{title}, {rate_title(float(rate))}" if len(rates) > 1 else title)
+        distance = str(profile["distance_bin"].attrs.get("long_name", "distance"))
         for ax in axes[-1]:
-            ax.set_xlabel("cosine distance of the inputs (grey: number of pairs)")
+            ax.set_xlabel(f"{distance} (grey: number of pairs)")
         rate = "" if len(rates) > 1 else rate_title(float(rates[0]))
         heading(
             figure,
-            f"Stiffness against input distance, {_RELATIONS[relation]}",
+            f"Stiffness against {_short(distance)}, {_RELATIONS[relation]}",
             details(profile, rate, note, BANDS if "sign_error" in profile else ""),
         )
     return figure
+
+
+def _short(distance: str) -> str:
+    """Name a distance in a title."""
+    return "input distance" if distance == _OF_INPUTS else distance
 
 
 def _computed(

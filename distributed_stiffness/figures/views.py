@@ -4,14 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from distributed_stiffness.analysis import Summary
+from distributed_stiffness.figures.blocks import block_curves
 from distributed_stiffness.figures.curves import stiffness_curves
+from distributed_stiffness.figures.equal_loss import equal_loss_curves
 from distributed_stiffness.figures.heatmap import class_matrices, superclass_matrices
+from distributed_stiffness.figures.neighbours import neighbour_curves
+from distributed_stiffness.figures.paired import paired_figure
+from distributed_stiffness.figures.pictures import pictures_of
 from distributed_stiffness.figures.profile import profiles
+from distributed_stiffness.figures.spectrum import spectra
+from distributed_stiffness.figures.teaching import teaching_examples
+
+# Sections of the report.
+CLASSES = "Classes"
+TRAINING = "Over training"
+DISTANCE = "Input distance"
+NEIGHBOURS = "Neighbouring measures"
+EXAMPLES = "Single examples"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +39,7 @@ class View:
     draw: Callable[[Any], Figure]  # of a summary that has what it needs
     needs: str = "class_matrix"  # the field of a summary without which there is no such figure
     in_report: bool = True
+    section: str = "More views"  # of the report; sections come in the order of their first views
 
     @property
     def sentence(self) -> str:
@@ -53,6 +69,7 @@ VIEWS: Mapping[str, View] = {
             " class with itself), then for blocks of classes that help (red) or harm (blue) each"
             " other. White is 0, and all panels have one scale.",
             draw=lambda numbers: class_matrices(numbers.class_matrix, "sign"),
+            section=CLASSES,
         ),
         View(
             name="class_matrices_cosine",
@@ -60,6 +77,7 @@ VIEWS: Mapping[str, View] = {
             caption="Each cell is the mean cosine of the pairs of two classes: how much they help"
             " each other, not only how often.",
             draw=lambda numbers: class_matrices(numbers.class_matrix, "cosine"),
+            section=CLASSES,
         ),
         View(
             name="superclass_matrices_sign",
@@ -69,6 +87,7 @@ VIEWS: Mapping[str, View] = {
             " it shows that it found them.",
             draw=lambda numbers: superclass_matrices(numbers.superclass_matrix, "sign"),
             needs="superclass_matrix",
+            section=CLASSES,
         ),
         View(
             name="superclass_matrices_cosine",
@@ -76,6 +95,7 @@ VIEWS: Mapping[str, View] = {
             caption="Each cell is the mean cosine of the pairs of two super-classes.",
             draw=lambda numbers: superclass_matrices(numbers.superclass_matrix, "cosine"),
             needs="superclass_matrix",
+            section=CLASSES,
         ),
         View(
             name="stiffness_curves",
@@ -85,6 +105,41 @@ VIEWS: Mapping[str, View] = {
             " that falls towards 0 while the validation loss turns upwards is the paper's mark of"
             " over-fitting.",
             draw=lambda numbers: stiffness_curves(numbers.within_between, numbers.curves),
+            section=TRAINING,
+        ),
+        View(
+            name="split_blocks",
+            title="Stiffness of training and validation pairs",
+            caption="Means within and between classes for pairs of two training examples, of a"
+            " training and a validation example, and of two validation examples. The paper (v3)"
+            " finds the three alike; where training pairs part from the others, the network treats"
+            " what it was trained on differently. Bands are ± one standard error over examples.",
+            draw=lambda numbers: block_curves(numbers.blocks),
+            needs="blocks",
+            section=TRAINING,
+        ),
+        View(
+            name="equal_loss",
+            title="Learning rates at equal training loss",
+            caption="Means within and between classes against the learning rate, where each run"
+            " first reaches the same training loss. Version 1 of the paper finds that"
+            " between-class stiffness grows with the rate, version 2 that stiffness falls. Between"
+            " two checkpoints numbers are interpolated in the logarithm of the loss; bars are ± one"
+            " standard error over examples, of these networks: other seeds may differ by more.",
+            draw=lambda numbers: equal_loss_curves(numbers.equal_loss),
+            needs="equal_loss",
+            section=TRAINING,
+        ),
+        View(
+            name="permuted",
+            title="Two studies of the same examples",
+            caption="Means of this store and of another one of the same examples, such as of"
+            " networks that were trained on permuted labels (--against), and their difference pair"
+            " by pair. Its bands, ± one standard error, keep what both networks share: the"
+            " examples.",
+            draw=lambda numbers: paired_figure(numbers.paired),
+            needs="paired",
+            section=TRAINING,
         ),
         View(
             name="distance_profile",
@@ -92,6 +147,7 @@ VIEWS: Mapping[str, View] = {
             caption=_DISTANCE.format(pairs="two examples of one class"),
             draw=lambda numbers: profiles(numbers.distance_profile, length=numbers.critical_length),
             needs="distance_profile",
+            section=DISTANCE,
         ),
         View(
             name="distance_profile_between",
@@ -100,6 +156,7 @@ VIEWS: Mapping[str, View] = {
             draw=lambda numbers: profiles(numbers.distance_profile, relation="between"),
             needs="distance_profile",
             in_report=False,
+            section=DISTANCE,
         ),
         View(
             name="distance_profile_all",
@@ -108,6 +165,43 @@ VIEWS: Mapping[str, View] = {
             draw=lambda numbers: profiles(numbers.distance_profile, relation="all"),
             needs="distance_profile",
             in_report=False,
+            section=DISTANCE,
+        ),
+        View(
+            name="neighbours",
+            title="Neighbouring measures over training",
+            caption="Gradient coherence, m-coherence, diversity, signal to noise, confusion,"
+            " effective rank and alignment with the labels, from the same matrix. Solid lines are"
+            " of products of gradients, as their authors define them, in which large gradients"
+            " count for more; dashed ones of cosines. Where the two part, a few examples with large"
+            " gradients decide.",
+            draw=lambda numbers: neighbour_curves(numbers.neighbours),
+            needs="neighbours",
+            section=NEIGHBOURS,
+        ),
+        View(
+            name="spectrum",
+            title="Spectrum of the loss-gradient kernel",
+            caption="The largest eigenvalues as shares of their sum, at the stages of training. A"
+            " step down after one less than the number of classes says that the gradients know"
+            " their labels and little more; a long tail, that each example has a direction of its"
+            " own. The effective rank is the exponential of the shares' entropy.",
+            draw=lambda numbers: spectra(numbers.spectrum),
+            needs="spectrum",
+            section=NEIGHBOURS,
+        ),
+        View(
+            name="teaching_examples",
+            title="Examples that teach most and conflict most",
+            caption="The examples whose mean cosine with their own class, and with the other"
+            " classes, is highest and lowest at the last step, with their position in the data set"
+            " and that mean. Below 0, a step on the example raises the others' loss on average."
+            " Without the data set at hand there are no pictures.",
+            draw=lambda numbers: teaching_examples(
+                numbers.teaching, partial(pictures_of, numbers.attrs)
+            ),
+            needs="teaching",
+            section=EXAMPLES,
         ),
     )
 }

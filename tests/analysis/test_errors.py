@@ -16,6 +16,7 @@ from distributed_stiffness.analysis import (
     class_matrix,
     critical_length,
     distance_profile,
+    jackknife,
     superclass_contrast,
     superclass_matrix,
     within_between,
@@ -172,6 +173,29 @@ class TestClassMatrix:
 
         with pytest.raises(DataError, match="differs in 'mine' as a row and in 'other_mine'"):
             class_matrix(ds, "mine")
+
+
+class TestSlabs:
+    @pytest.mark.parametrize("splits", [SPLITS, SAME])
+    def test_size(self, monkeypatch: pytest.MonkeyPatch, splits: tuple[str, str]):
+        """How many examples are worked on at a time changes no error."""
+        ds = Synthetic(
+            n_examples=17, n_train=6, n_superclasses=2, iterations=(0,), zero_gradients=(3, 9)
+        ).build()
+        reductions = (
+            class_matrix,
+            within_between,
+            superclass_matrix,
+            superclass_contrast,
+            distance_profile,
+            critical_length,
+        )
+        whole = [reduce(ds, splits=splits).compute() for reduce in reductions]
+        monkeypatch.setattr(jackknife, "SLAB", 4)
+
+        for reduce, expected in zip(reductions, whole, strict=True):
+            got = reduce(ds, splits=splits).compute()
+            xr.testing.assert_allclose(got, expected, rtol=1e-7, atol=1e-9)
 
 
 class TestSuperclasses:

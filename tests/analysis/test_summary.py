@@ -55,8 +55,9 @@ class TestSummary:
         analysis.summary(ds)
 
         cosines = {key: n for key, n in reads.items() if key.startswith("cosine/c/")}
-        # 24 validation examples of 40, in tiles of 12: three tiles a side, two rates, two stages.
-        assert len(cosines) == 3 * 3 * 2 * 2
+        # 16 training examples, then 24 of validation, in tiles of 12: four a side, without the two
+        # that hold pairs of validation with training alone (their mirrors do); two rates, two stages.
+        assert len(cosines) == (4 * 4 - 2) * 2 * 2
         assert set(cosines.values()) == {1}
 
     def test_each_chunk_once_of_two_splits(self, store: Path, monkeypatch: pytest.MonkeyPatch):
