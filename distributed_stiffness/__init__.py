@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distributed_stiffness.engine import Run, run_study
+    from distributed_stiffness.engine import Run, add_distances, run_study
     from distributed_stiffness.gradients import (
         WholeLoss,
         class_cosine_matrix,
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from distributed_stiffness.importing import measure_checkpoints
     from distributed_stiffness.study import Study
     from distributed_stiffness.verify import verify_store
+    from distributed_stiffness.watching import lightning_callback, watch
 
 _HOMES = {
     "Run": "engine",
+    "add_distances": "engine",
     "run_study": "engine",
     "Study": "study",
     "WholeLoss": "gradients",
@@ -35,23 +37,28 @@ _HOMES = {
     "gradient_norms": "gradients",
     "gram_matrix": "gradients",
     "layer_cosines": "gradients",
+    "lightning_callback": "watching",
     "measure_checkpoints": "importing",
     "verify_store": "verify",
+    "watch": "watching",
 }
 
 __all__ = [
     "Run",
     "Study",
     "WholeLoss",
+    "add_distances",
     "class_cosine_matrix",
     "cosine_matrix",
     "explain",
     "gradient_norms",
     "gram_matrix",
     "layer_cosines",
+    "lightning_callback",
     "measure_checkpoints",
     "run_study",
     "verify_store",
+    "watch",
 ]
 
 

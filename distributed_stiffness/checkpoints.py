@@ -118,17 +118,25 @@ class Checkpoints:
         """
         path = self._path(run, iteration, "model")
         try:
-            with self._fs.open(path, "rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            metadata = self._metadata(path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             raise StoreError(f"cannot read the checkpoint {path}: {error}") from error
-        metadata = header.get("__metadata__", {})
         self._require_identity(path, metadata)
         if "source" not in metadata:
             raise StoreError(f"{path} was not imported: give another --store, or move it away")
         return str(metadata["source"])
+
+    def said_hash(self, run: TrainingRun, iteration: int) -> str | None:
+        """Return what a checkpoint says is the hash of its weights, which are not read.
+
+        None: there is no checkpoint, or it cannot be read.
+        """
+        try:
+            return self._metadata(self._path(run, iteration, "model")).get("sha256")
+        except (OSError, ValueError):
+            return None
 
     def load_weights(self, run: TrainingRun, iteration: int, *, rolling: bool = False) -> Weights:
         """Read the weights of a checkpoint.
@@ -196,6 +204,13 @@ class Checkpoints:
             write_whole(self._fs, path, content)
         except OSError as error:
             raise StoreError(f"cannot write the checkpoint {path}: {error}") from error
+
+    def _metadata(self, path: str) -> dict[str, str]:
+        """Read the part of a file's header that is ours."""
+        length = int.from_bytes(self._fs.cat_file(path, start=0, end=8), "little")
+        header = json.loads(self._fs.cat_file(path, start=8, end=8 + length))
+        metadata: dict[str, str] = header.get("__metadata__", {})
+        return metadata
 
     def _read(self, path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         try:

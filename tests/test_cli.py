@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import runpy
@@ -14,11 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import typer
 import xarray as xr
+from pydantic import BaseModel
 from studies import hears_ctrl_c, run_options, tiny_study
 
-from distributed_stiffness.cli import main
-from distributed_stiffness.engine import run_study
+from distributed_stiffness.cli import main, read_study, run_app
+from distributed_stiffness.cli.app import app
+from distributed_stiffness.cli.ending import INTERRUPTED, Interrupted
+from distributed_stiffness.cli.fields import OF_RUN, OF_STUDY
+from distributed_stiffness.cli.jobs import job_app
+from distributed_stiffness.engine import Run, run_study
+from distributed_stiffness.study import Data, Model, Study
 
 ROOT = Path(__file__).parents[1]
 # paper.py runs several studies, whose fields are its own.
@@ -384,3 +392,260 @@ class TestExplain:
         assert done.returncode == 1
         assert said in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def leaves(model: type[BaseModel], under: str = "") -> set[str]:
+    """The fields of a study file by their paths, sections taken apart."""
+    found: set[str] = set()
+    for name, field in model.model_fields.items():
+        kind, path = field.annotation, f"{under}{name}"
+        is_section = isinstance(kind, type) and issubclass(kind, BaseModel)
+        found |= leaves(kind, f"{path}.") if is_section else {path}
+    return found
+
+
+def commands() -> dict[str, typer.core.TyperCommand]:
+    """Every command by name, that of a job script among them."""
+    job_script = job_app(Study(), store="x.zarr", description="A job.")
+    return {**typer.main.get_command(app).commands, "job": typer.main.get_command(job_script)}
+
+
+COMMANDS = commands()
+# Parameters that are neither of a study nor of a run: what is read or shown, and where it goes.
+OTHERS = {"figures", "plan_only", "as_json", "help"}
+# Of `gram`: which checkpoints, and what they say of themselves.
+OF_CHECKPOINTS = {"more", "pattern", "table", "prefix", "checkpoints"}
+TRAINED_HERE = {  # fields that networks which are trained already have no use for
+    "training.epochs", "training.batch_size", "training.optimizer", "training.momentum",
+    "training.weight_decay", "data.permuted_labels", "data.permutation_seed",
+}  # fmt: skip
+READ_FROM_CHECKPOINTS = {"training.learning_rates", "training.seeds"}
+
+# Each field of a study as an option and in a study file, with another value than the default.
+SAID_TWICE: dict[str, tuple[list[str], object]] = {
+    "title": (["--title=Mine"], "Mine"),
+    "data.name": (["--data=mnist"], "mnist"),
+    "data.options": (["--data-option=size=3", "--data-option=name=a"], {"size": 3, "name": "a"}),
+    "data.validation_examples": (["--examples=40"], 40),
+    "data.train_examples": (["--train-examples=7"], 7),
+    "data.sample_seed": (["--sample-seed=3"], 3),
+    "data.permuted_labels": (["--permute-labels=0.5"], 0.5),
+    "data.permutation_seed": (["--permutation-seed=4"], 4),
+    "data.standardise": (["--no-standardise", "--no-unit-norm"], False),
+    "data.unit_norm": (["--no-unit-norm"], False),
+    "data.accept_unverified": (["--accept-unverified-data"], True),
+    "model.name": (["--model=cnn"], "cnn"),
+    "model.options": (["--model-option=widths=[8]"], {"widths": [8]}),
+    "training.learning_rates": (["--learning-rates=0.1,0.2"], [0.1, 0.2]),
+    "training.seeds": (["--seed=1,2"], [1, 2]),
+    "training.iterations": (["--iterations=0,9"], [0, 9]),
+    "training.epochs": (["--epochs=2.5"], 2.5),
+    "training.batch_size": (["--batch-size=8"], 8),
+    "training.optimizer": (["--optimizer=sgd"], "sgd"),
+    "training.momentum": (["--momentum=0.9"], 0.9),
+    "training.weight_decay": (["--weight-decay=0.01"], 0.01),
+    "loss": (["--loss=mine:smoothed"], "mine:smoothed"),
+    "gradients.parameters": (["--parameters=a.*", "--parameters=b.*"], ["a.*", "b.*"]),
+    "gradients.precision": (["--precision=bf16"], "bf16"),
+    "gradients.tile": (["--tile=20"], 20),
+    "keep": (["--reduce-only"], "sums"),
+    "distance_bins": (["--distance-bins=9"], 9),
+}
+
+
+def written(**fields: object) -> dict[str, object]:
+    """Fields by their paths as a study file has them."""
+    nested: dict[str, dict[str, object]] = {}
+    for path, value in fields.items():
+        section, _, name = path.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value  # type: ignore
+    return nested  # type: ignore[return-value]
+
+
+class TestFields:
+    def test_a_job_has_an_option_for_every_field_of_a_study_and_of_a_run(self) -> None:
+        """
+        And no option that is neither.
+        """
+        names = {parameter.name for parameter in COMMANDS["job"].params}
+
+        assert {OF_STUDY[n].path for n in names & OF_STUDY.keys()} == leaves(Study) - {
+            "training.imported"
+        }
+        assert {OF_RUN[n].path for n in names & OF_RUN.keys()} == {
+            field.name for field in dataclasses.fields(Run)
+        } - {"quiet"}
+        assert names <= OF_STUDY.keys() | OF_RUN.keys() | OTHERS
+
+    def test_gram_has_all_but_those_of_a_training(self) -> None:
+        """
+        Rates and seeds are read from the checkpoints, which lie beside the store.
+        """
+        names = {parameter.name for parameter in COMMANDS["gram"].params} - OF_CHECKPOINTS
+
+        assert {OF_STUDY[n].path for n in names & OF_STUDY.keys()} == leaves(Study) - {
+            "training.imported"
+        } - TRAINED_HERE - READ_FROM_CHECKPOINTS
+        assert names & OF_RUN.keys() == OF_RUN.keys() - {"checkpoints"}
+        assert names <= OF_STUDY.keys() | OF_RUN.keys() | OTHERS
+
+    def test_run_has_an_option_for_every_field_of_a_run(self) -> None:
+        """
+        What a study file says is no option of it.
+        """
+        names = {parameter.name for parameter in COMMANDS["run"].params} - {"study"}
+
+        assert names & OF_RUN.keys() == OF_RUN.keys()
+        assert names <= OF_RUN.keys() | OTHERS
+
+    @pytest.mark.parametrize("command", ["demo", "run", "gram"])
+    def test_an_option_has_one_name_and_one_text(self, command: str) -> None:
+        """
+        What commands that compute have in common is called and explained alike.
+        """
+        of_job = {p.name: p for p in COMMANDS["job"].params}
+        for parameter in COMMANDS[command].params:
+            of_checkpoints = command == "gram" and parameter.name in OF_CHECKPOINTS
+            if parameter.name in (OF_RUN.keys() | OTHERS) - {"help"} and not of_checkpoints:
+                same = of_job[parameter.name]
+                assert (parameter.opts, parameter.help) == (same.opts, same.help)
+
+    def test_the_table_below_has_every_field(self) -> None:
+        """
+        So that the next test leaves none out.
+        """
+        assert SAID_TWICE.keys() == leaves(Study) - {"training.imported"}
+
+    @pytest.mark.parametrize("path", SAID_TWICE)
+    def test_an_option_means_what_the_file_says(
+        self, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """
+        A job with an option, and a file with that field changed, are one study.
+        """
+        words, value = SAID_TWICE[path]
+        base = Study(title="base", data=Data(name="digits"), model=Model(name="fully_connected"))
+        other = {"title": f"{value}, fully_connected"} if path == "data.name" else {}
+        other |= {"title": "digits, cnn"} if path == "model.name" else {}
+        other |= {"data.unit_norm": False} if path == "data.standardise" else {}
+        fields = written(**({"title": "base"} | other | {path: value}))
+        file = tmp_path / "study.json"
+        file.write_text(json.dumps(fields))
+        seen: list[Study] = []
+        monkeypatch.setattr(
+            "distributed_stiffness.cli.jobs.compute_or_plan",
+            lambda study, *_, **__: seen.append(study),
+        )
+        monkeypatch.setattr(sys, "argv", ["job.py", *words])
+        job_app(base, store="x.zarr", description=None)(standalone_mode=False)
+
+        assert seen == [read_study(file)]
+        assert seen != [base]
+
+
+class TestHelp:
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_every_command_has_an_example(self, command: str) -> None:
+        """
+        One that can be copied: it begins with the command.
+        """
+        text = " ".join((COMMANDS[command].help or "").split())
+
+        assert re.search(rf"Example: (stiffness {command}|python)", text)
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_choices_are_shown(self, command: str) -> None:
+        """
+        Wherever only some words are allowed, --help has them.
+        """
+        for parameter in COMMANDS[command].params:
+            if parameter.name in ("engine", "device", "precision", "optimizer", "measure"):
+                assert re.fullmatch(r"\[\w+(\|\w+)+\]", str(parameter.metavar))
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_every_command_speaks_to_machines(self, command: str) -> None:
+        """
+        --json, everywhere.
+        """
+        assert "as_json" in {parameter.name for parameter in COMMANDS[command].params}
+
+
+class TestJson:
+    def test_of_a_job(self, tmp_path: Path, job: Command) -> None:
+        """
+        What was written where, and what it shows; everything else goes to standard error.
+        """
+        ended = job(*TINY, "--json", f"--store={tmp_path / 'x.zarr'}")
+        said = json.loads(ended.stdout)
+
+        assert said["store"] == str(tmp_path / "x.zarr")
+        assert Path(said["report"]).exists()
+        assert all(Path(path).exists() for path in said["figures"].values())
+        assert said["findings"]
+
+    def test_of_a_study_file(self, tmp_path: Path, store: Path, stiffness: Command) -> None:
+        """
+        `run` is the same; a store's own study runs from its attribute.
+        """
+        file = tmp_path / "study.json"
+        file.write_text(xr.open_zarr(str(store)).attrs["study"])
+        words = ["run", str(file), f"--store={tmp_path / 'x.zarr'}", "--engine=serial", "--json"]
+
+        ended = stiffness(*words)
+
+        assert ended.returncode == 0, ended.stderr
+        assert json.loads(ended.stdout)["store"] == str(tmp_path / "x.zarr")
+        assert xr.open_zarr(str(tmp_path / "x.zarr")).attrs["study"] == file.read_text()
+
+    def test_of_what_is_read(self, tmp_path: Path, store: Path, stiffness: Command) -> None:
+        """
+        status, plot, report and the list of views.
+        """
+        figure = tmp_path / "curves.svg"
+        for words, key in (
+            (["status", str(store)], "checkpoints"),
+            (["plot", str(store), "stiffness_curves", f"--out={figure}"], "figure"),
+            (["plot", str(store), "--list"], "stiffness_curves"),
+            (["report", str(store), f"--folder={tmp_path / 'report'}"], "report"),
+        ):
+            ended = stiffness(*words, "--json")
+
+            assert ended.returncode == 0, ended.stderr
+            assert key in json.loads(ended.stdout)
+        assert figure.exists()
+
+    def test_of_a_cost(self, tmp_path: Path, job: Command) -> None:
+        """
+        `--plan --json` of a job says what `stiffness plan --json` says.
+        """
+        ended = job(*TINY, "--plan", "--json", f"--store={tmp_path / 'x.zarr'}")
+
+        assert json.loads(ended.stdout).keys() == {"plan", "prediction"}
+        assert not (tmp_path / "x.zarr").exists()
+
+
+class TestEnding:
+    def test_an_interruption_within_compiled_code(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """
+        Where it surfaces as a SystemError, as in ray.wait, it is one all the same.
+        """
+
+        def waits() -> None:
+            raise SystemError("returned a result with an exception set") from Interrupted()
+
+        with pytest.raises(SystemExit) as ending:
+            run_app(waits)
+
+        assert ending.value.code == INTERRUPTED
+        assert "run the same command again" in capsys.readouterr().err
+
+    def test_another_system_error_is_ours(self) -> None:
+        """
+        And is shown whole.
+        """
+
+        def breaks() -> None:
+            raise SystemError("a bug")
+
+        with pytest.raises(SystemError, match="a bug"):
+            run_app(breaks)

@@ -21,6 +21,7 @@ import xarray as xr
 from studies import arrays, assert_same_bits, run_options
 
 from distributed_stiffness import cosine_matrix, measure_checkpoints
+from distributed_stiffness.analysis import class_matrix, within_between
 from distributed_stiffness.cli import main
 from distributed_stiffness.data import foreign, load
 from distributed_stiffness.engine import run_study
@@ -190,6 +191,25 @@ class TestMeasuring:
 
         assert_is(ds.cosine[0, 0, 0], expected, 1e-6)
 
+    def test_sums_in_place_of_pairs(self):
+        """
+        `keep="sums"`: the same means and errors as of the pairs, resumed and refused like them.
+        """
+        save_runs()
+        pairs = measured(NETS, DATA, "runs/*/*", tile=10)
+        sums = measured(NETS, DATA, "runs/*/*", store="sums.zarr", keep="sums", tile=10)
+        again = measured(NETS, DATA, "runs/*/*", store="sums.zarr", keep="sums", tile=10)
+
+        assert "cosine" not in sums
+        for reduction in (class_matrix, within_between):
+            expected = reduction(pairs)
+            for ds in (sums, again):
+                for name, values in reduction(ds).data_vars.items():
+                    np.testing.assert_allclose(values, expected[name], atol=1e-6, err_msg=name)
+        assert sums.iteration.values.tolist() == [0, 10]
+        with pytest.raises(StoreError, match="keep was"):
+            measured(NETS, DATA, "runs/*/*", store="sums.zarr", tile=10)
+
     def test_options_of_model_and_data(self):
         """
         Keyword arguments of the factories.
@@ -340,6 +360,7 @@ class TestFormats:
             ("w.pt", lambda w: w, ""),
             ("w.pth", lambda w: {"model": w, "epoch": 3, "loss": 0.5}, "found under 'model'"),
             ("w.bin", lambda w: {"model_state_dict": w, "optimizer": {}}, "'model_state_dict'"),
+            ("w.pth.tar", lambda w: {"arch": "net", "state_dict": w}, "'state_dict'"),  # timm's
             (
                 "w.ckpt",
                 lambda w: {
@@ -936,6 +957,22 @@ class TestCommand:
         assert "0.01     0         10  runs/lr0.01/step-10.safetensors" in out
         assert out.index("step-10.safetensors") < out.index("Report: out/report.html")
         assert xr.open_zarr("out.zarr").sizes["iteration"] == 2
+
+    def test_sums_alone_and_an_answer_for_machines(self, stiffness):
+        """
+        --reduce-only keeps no pairs; --json is one object on standard output, and nothing else.
+        """
+        save_runs()
+        words = ["--checkpoints=runs/*/*", "--reduce-only", "--distance-bins=7", "--json"]
+        code, out, err = stiffness(*self.WORDS, *words)
+        said = json.loads(out)
+
+        assert code == 0, err
+        assert "step-10.safetensors" in err
+        assert Path(said["report"]).exists()
+        ds = xr.open_zarr(said["store"])
+        assert "cosine" not in ds
+        assert ds.sizes["distance_bin"] == 7
 
     def test_a_pattern_that_the_shell_has_expanded(self, stiffness):
         """

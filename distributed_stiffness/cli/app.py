@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from distributed_stiffness.cli.distances import distances
 from distributed_stiffness.cli.ending import EPILOG, run_app
 from distributed_stiffness.cli.explain import explain
 from distributed_stiffness.cli.gram import gram
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (demo, run, gram, report, plot, verify, status, plan, explain):
+for command in (demo, run, gram, report, plot, distances, verify, status, plan, explain):
     app.command(cls=PlotCommand if command is plot else None)(command)
 
 

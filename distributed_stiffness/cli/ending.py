@@ -41,12 +41,19 @@ def run_app(application: Callable[[], Any]) -> None:
     except StiffnessError as error:
         console.print(f"error: {error}", style="red", markup=False)
         sys.exit(FAILED)
-    except (Interrupted, KeyboardInterrupt, SystemExit) as ending:
-        # Ray has a handler of its own while it starts and ends, which exits with the signal.
-        if isinstance(ending, SystemExit) and ending.code != signal.SIGTERM:
+    except (Interrupted, KeyboardInterrupt, SystemExit, SystemError) as ending:
+        if not _is_interruption(ending):
             raise
         console.print("interrupted; what is done is kept: run the same command again to go on")
         sys.exit(INTERRUPTED)
+
+
+def _is_interruption(ending: BaseException) -> bool:
+    if isinstance(ending, SystemError):
+        # Compiled code (ray.wait) that returns a result although the signal's handler has raised.
+        return isinstance(ending.__cause__, Interrupted | KeyboardInterrupt)
+    # Ray has a handler of its own while it starts and ends, which exits with the signal.
+    return not isinstance(ending, SystemExit) or ending.code == signal.SIGTERM
 
 
 @contextlib.contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from distributed_stiffness.cli.options import AsJson, ModelOptions, Precision
 from distributed_stiffness.cli.parsing import n_bytes, named_values, split
+from distributed_stiffness.cli.work import say, say_json
 from distributed_stiffness.errors import StudyError
 
 
@@ -60,4 +60,7 @@ def explain(
         precision=precision,
         memory=n_bytes(memory),
     )
-    typer.echo(json.dumps(found.to_json()) if as_json else str(found))
+    if as_json:
+        say_json(found.to_json())
+    else:
+        say([str(found)])

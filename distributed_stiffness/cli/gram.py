@@ -6,26 +6,38 @@ from typing import Annotated
 
 import typer
 
+from distributed_stiffness.cli.fields import run_fields, study_fields
 from distributed_stiffness.cli.options import (
+    AcceptUnverified,
     Address,
+    AsJson,
     DataDir,
     DataOptions,
     Device,
+    DistanceBins,
+    Download,
     Engine,
     Figures,
+    Loss,
     MaxReplicas,
     Memory,
     ModelOptions,
+    Parameters,
     PlanOnly,
     Precision,
+    ReduceOnly,
+    Rows,
+    SampleSeed,
+    Standardise,
     Store,
     Threads,
     Tile,
     Title,
     TrainExamples,
+    UnitNorm,
+    WaitForNodes,
 )
-from distributed_stiffness.cli.parsing import count, n_bytes, named_values, split
-from distributed_stiffness.cli.work import checked_run, compute_and_present, say, show_plan
+from distributed_stiffness.cli.work import checked_run, compute_or_plan
 
 
 def gram(
@@ -44,11 +56,12 @@ def gram(
             " fully_connected, cnn, resnet20, resnet18."
         ),
     ],
-    data: Annotated[
+    data_name: Annotated[
         str,
         typer.Option(
+            "--data",
             help="package.module:factory, npz:FILE, images:FOLDER, hf:FOLDER, or digits, mnist, …;"
-            " inputs are taken as they are."
+            " inputs are taken as they are.",
         ),
     ],
     checkpoints: Annotated[
@@ -72,14 +85,12 @@ def gram(
         ),
     ] = None,
     store: Store = "results/gram.zarr",
-    loss: Annotated[
-        str,
-        typer.Option(help="cross_entropy, or package.module:function of (outputs, targets)."),
-    ] = "cross_entropy",
+    loss: Loss = "cross_entropy",
     examples: Annotated[
         str, typer.Option(help="Examples whose pairs are computed, or 'all'.")
     ] = "all",
     train_examples: TrainExamples = 0,
+    sample_seed: SampleSeed = 0,
     iterations: Annotated[
         str | None, typer.Option(help="Those that are looked at, comma-separated; default: all.")
     ] = None,
@@ -89,29 +100,28 @@ def gram(
     ] = None,
     model_option: ModelOptions = None,
     data_option: DataOptions = None,
-    parameters: Annotated[
-        list[str] | None,
-        typer.Option(help="Pattern of the parameters in play, such as 'layer4.*'; repeatable."),
-    ] = None,
-    standardise: Annotated[
-        bool,
-        typer.Option("--standardise", help="Standardise inputs over a training split."),
-    ] = False,
-    unit_norm: Annotated[
-        bool, typer.Option("--unit-norm", help="And scale each to unit norm.")
-    ] = False,
+    parameters: Parameters = None,
+    standardise: Standardise = False,
+    unit_norm: UnitNorm = False,
     precision: Precision = "float32",
     tile: Tile = None,
+    reduce_only: ReduceOnly = False,
+    distance_bins: DistanceBins = 50,
     title: Title = None,
     data_dir: DataDir = None,
+    download: Download = True,
+    accept_unverified_data: AcceptUnverified = False,
     figures: Figures = None,
     address: Address = None,
     device: Device = "auto",
     max_replicas: MaxReplicas = None,
     threads: Threads = None,
     memory: Memory = None,
+    wait_for_nodes: WaitForNodes = None,
     engine: Engine = "ray",
+    rows: Rows = None,
     plan_only: PlanOnly = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compute the stiffness of networks that you have trained, from their checkpoints.
 
@@ -120,40 +130,38 @@ def gram(
     Example: stiffness gram --model nets:build --data data:validation --checkpoints
     'runs/*/step-*.safetensors' --store out.zarr
     """
+    options = locals()
     from distributed_stiffness.importing import gather
 
+    said = study_fields(options)
     found = gather(
         model,
-        data,
+        data_name,
         [*(checkpoints or []), *(more or [])] or None,
         pattern=pattern,
         table=table,
-        iterations=None if iterations is None else split("--iterations", iterations, int),
+        iterations=said["training"]["iterations"],
         prefix=prefix,
         loss=loss,
-        examples=count(examples),
+        examples=said["data"]["validation_examples"],
         train_examples=train_examples,
+        sample_seed=sample_seed,
         standardise=standardise,
         unit_norm=unit_norm,
-        model_options=named_values("--model-option", model_option),
-        data_options=named_values("--data-option", data_option),
+        accept_unverified=accept_unverified_data,
+        model_options=said["model"]["options"],
+        data_options=said["data"]["options"],
         parameters=parameters,
         precision=precision,
         tile=tile,
+        keep=said["keep"],
+        distance_bins=distance_bins,
         title=title,
     )
-    chosen = checked_run(
-        store=store,
-        data_directory=data_dir,
-        address=address,
-        device=device,
-        max_replicas=max_replicas,
-        threads=threads,
-        memory=n_bytes(memory),
-        engine=engine,
+    # The checkpoints that are named are read; the study's own folder is beside the store.
+    run = checked_run(**run_fields({**options, "checkpoints": None}))
+    for line in found.lines():
+        typer.echo(line, err=as_json)
+    compute_or_plan(
+        found.study, run, plan_only=plan_only, as_json=as_json, folder=figures, bring=found.bring
     )
-    say(found.lines())
-    if plan_only:
-        show_plan(found.study, chosen, replicas=max_replicas or 1)
-    else:
-        compute_and_present(found.study, chosen, folder=figures, bring=found.bring)

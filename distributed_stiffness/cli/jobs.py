@@ -2,77 +2,91 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
-from distributed_stiffness.cli.ending import run_app
+from distributed_stiffness.cli.ending import EPILOG, run_app
+from distributed_stiffness.cli.fields import run_fields, study_fields
 from distributed_stiffness.cli.options import (
+    OPTIMIZERS,
+    AcceptUnverified,
     Address,
+    AsJson,
     CheckpointFolder,
     DataDir,
+    DataOptions,
     Device,
+    DistanceBins,
     Download,
     Engine,
     Figures,
+    Loss,
     MaxReplicas,
     Memory,
     ModelOptions,
+    Parameters,
     PlanOnly,
     Precision,
+    ReduceOnly,
+    Rows,
+    SampleSeed,
+    Standardise,
     Store,
     Threads,
     Tile,
+    Title,
     TrainExamples,
+    UnitNorm,
+    WaitForNodes,
+    choice,
 )
-from distributed_stiffness.cli.parsing import (
-    count,
-    joined,
-    n_bytes,
-    named_values,
-    rows_range,
-    split,
-)
-from distributed_stiffness.cli.work import checked_run, compute_and_present, show_plan
+from distributed_stiffness.cli.parsing import joined
+from distributed_stiffness.cli.work import checked_run, compute_or_plan
 from distributed_stiffness.study import Study, build_study
 
 
 def job(study: Study, *, store: str, description: str | None) -> None:
     """Run a job script: its study's fields are the defaults of the command line."""
-    command = typer.Typer(
-        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
-    )
-    training, data = study.training, study.data
+    run_app(job_app(study, store=store, description=description))
 
-    @command.command(help=description)
+
+def job_app(study: Study, *, store: str, description: str | None) -> typer.Typer:
+    """Return the command of a job script."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    training, data, gradients = study.training, study.data, study.gradients
+
+    example = f"Example: python {sys.argv[0]} --learning-rates 0.0003,0.003 --examples all"
+
+    @app.command(help=f"{description or study.title}\n\n{example}", epilog=EPILOG)
     def _job(
         data_name: Annotated[
             str,
             typer.Option(
                 "--data",
-                help="digits, mnist, fashion_mnist, cifar10, cifar100 or package.module:factory.",
+                help="digits, mnist, fashion_mnist, cifar10, cifar100, package.module:factory,"
+                " npz:FILE, images:FOLDER or hf:FOLDER.",
             ),
         ] = data.name,
+        data_option: DataOptions = None,
         data_dir: DataDir = None,
         download: Download = True,
-        accept_unverified_data: Annotated[
-            bool,
-            typer.Option(
-                "--accept-unverified-data",
-                help="Read files whose checksums are not the published ones, after checking"
-                " shapes, ranges, counts and names; the store says so.",
-            ),
-        ] = data.accept_unverified,
+        accept_unverified_data: AcceptUnverified = data.accept_unverified,
         store: Store = store,
         checkpoints: CheckpointFolder = None,
         figures: Figures = None,
+        title: Title = None,
         model: Annotated[
             str,
             typer.Option(
-                help="fully_connected, cnn, resnet20, resnet18 or package.module:factory."
+                help="fully_connected, cnn, resnet20, resnet18, torchvision:NAME, timm:NAME or"
+                " package.module:factory."
             ),
         ] = study.model.name,
         model_option: ModelOptions = None,
+        loss: Loss = study.loss,
         learning_rates: Annotated[
             str, typer.Option(help="Comma-separated; one training run each.")
         ] = joined(training.learning_rates),
@@ -90,107 +104,65 @@ def job(study: Study, *, store: str, description: str | None) -> None:
             float, typer.Option(help="How long to train, where --iterations is not given.")
         ] = training.epochs,
         batch_size: Annotated[int, typer.Option(help="Training batch.")] = training.batch_size,
+        optimizer: Annotated[
+            str, choice(OPTIMIZERS, "Of the training, at a constant learning rate.")
+        ] = training.optimizer,
+        momentum: Annotated[float, typer.Option(help="Of sgd.")] = training.momentum,
+        weight_decay: Annotated[
+            float, typer.Option(help="Of the optimiser.")
+        ] = training.weight_decay,
         examples: Annotated[
             str, typer.Option(help="Validation examples whose pairs are computed, or 'all'.")
-        ] = str(data.validation_examples or "all"),
+        ] = "all" if data.validation_examples is None else str(data.validation_examples),
         train_examples: TrainExamples = data.train_examples,
+        sample_seed: SampleSeed = data.sample_seed,
         permute_labels: Annotated[
             float, typer.Option(help="Share of training labels that are permuted, 0 to 1.")
         ] = data.permuted_labels,
-        precision: Precision = study.gradients.precision,
-        tile: Tile = study.gradients.tile,
+        permutation_seed: Annotated[
+            int, typer.Option(help="Of the permuted labels.")
+        ] = data.permutation_seed,
+        standardise: Standardise = data.standardise,
+        unit_norm: UnitNorm = data.unit_norm,
+        parameters: Parameters = None if gradients.parameters is None else [*gradients.parameters],
+        precision: Precision = gradients.precision,
+        tile: Tile = gradients.tile,
+        reduce_only: ReduceOnly = study.keep == "sums",
+        distance_bins: DistanceBins = study.distance_bins,
         address: Address = None,
         device: Device = "auto",
         max_replicas: MaxReplicas = None,
         threads: Threads = None,
         memory: Memory = None,
-        wait_for_nodes: Annotated[
-            float | None,
-            typer.Option(help="Seconds to wait for a node that fits; default: if autoscaled."),
-        ] = None,
+        wait_for_nodes: WaitForNodes = None,
         engine: Engine = "ray",
-        rows: Annotated[
-            str | None,
-            typer.Option(help="FIRST:LAST, rows to compute now; a later run adds the rest."),
-        ] = None,
-        reduce_only: Annotated[
-            bool,
-            typer.Option(
-                "--reduce-only",
-                help="Keep no pairs, only sums over each example's pairs by class and distance.",
-            ),
-        ] = study.keep == "sums",
+        rows: Rows = None,
         plan_only: PlanOnly = False,
+        as_json: AsJson = False,
     ) -> None:
-        chosen = _changed(
-            study,
-            keep="sums" if reduce_only else "pairs",
-            data={
-                "name": data_name,
-                "validation_examples": count(examples),
-                "train_examples": train_examples,
-                "permuted_labels": permute_labels,
-                "accept_unverified": accept_unverified_data,
-            },
-            model=model,
-            model_options=named_values("--model-option", model_option),
-            training={
-                "learning_rates": split("--learning-rates", learning_rates, float),
-                "seeds": split("--seed", seed, int),
-                "iterations": None
-                if iterations is None
-                else split("--iterations", iterations, int),
-                "epochs": epochs,
-                "batch_size": batch_size,
-            },
-            gradients={"precision": precision, "tile": tile},
-        )
-        how = checked_run(
-            store=store,
-            checkpoints=checkpoints,
-            data_directory=data_dir,
-            download=download,
-            address=address,
-            device=device,
-            max_replicas=max_replicas,
-            threads=threads,
-            memory=n_bytes(memory),
-            wait_for_nodes=wait_for_nodes,
-            engine=engine,
-            rows=rows_range(rows),
-        )
-        if plan_only:
-            show_plan(chosen, how, replicas=max_replicas or 1)
-        else:
-            compute_and_present(chosen, how, folder=figures)
+        options = locals()
+        chosen = changed(study, study_fields(options))
+        run = checked_run(**run_fields(options))
+        compute_or_plan(chosen, run, plan_only=plan_only, as_json=as_json, folder=figures)
 
-    run_app(command)
+    return app
 
 
-def _changed(
-    study: Study,
-    *,
-    keep: str,
-    data: dict[str, Any],
-    model: str,
-    model_options: dict[str, Any],
-    training: dict[str, Any],
-    gradients: dict[str, Any],
-) -> Study:
-    """Return a script's study with what the command line says; its title only if it still fits."""
-    same_model = model == study.model.name
-    same = same_model and data["name"] == study.data.name
-    fields = {
-        "keep": keep,
-        "distance_bins": study.distance_bins,
-        "title": study.title if same else f"{data['name']}, {model}",
-        "loss": study.loss,
-        "data": {**study.data.model_dump(), **data},
-        "model": {
-            "name": model,
-            "options": (study.model.options if same_model else {}) | model_options,
-        },
-        "training": {**study.training.model_dump(), **training},
-        "gradients": {**study.gradients.model_dump(), **gradients},
-    }
+def changed(study: Study, said: Mapping[str, Any]) -> Study:
+    """Return a script's study with what the command line says of every field.
+
+    Options of its model and data stay where the model, or the data, are the same; its title where
+    both are.
+
+    Raises:
+        StudyError: the fields do not fit.
+    """
+    same = {part: said[part]["name"] == getattr(study, part).name for part in ("model", "data")}
+    fields = dict(said)
+    for part, is_same in same.items():
+        kept = getattr(study, part).options if is_same else {}
+        fields[part] = said[part] | {"options": kept | said[part]["options"]}
+    if said["title"] is None:
+        other = f"{said['data']['name']}, {said['model']['name']}"
+        fields["title"] = study.title if all(same.values()) else other
     return build_study(lambda: Study.model_validate(fields))

@@ -7,11 +7,12 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from distributed_stiffness.study import Gradients
+from distributed_stiffness.study import Gradients, Training
 
 ENGINES = ("ray", "serial")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS: tuple[str, ...] = get_args(Gradients.model_fields["precision"].annotation)
+OPTIMIZERS: tuple[str, ...] = get_args(Training.model_fields["optimizer"].annotation)
 
 
 def choice(names: tuple[str, ...], meaning: str) -> Any:
@@ -46,6 +47,40 @@ Download = Annotated[bool, typer.Option(help="Download data that are missing.")]
 Title = Annotated[str | None, typer.Option(help="Of the report.")]
 
 # What is computed.
+SampleSeed = Annotated[int, typer.Option(help="Draws the examples, balanced over classes.")]
+AcceptUnverified = Annotated[
+    bool,
+    typer.Option(
+        "--accept-unverified-data/--verified-data-only",
+        help="Read files whose checksums are not the published ones, after checking shapes, ranges,"
+        " counts and names; the store says so.",
+    ),
+]
+Standardise = Annotated[
+    bool,
+    typer.Option(
+        "--standardise/--no-standardise", help="Standardise inputs over the training split."
+    ),
+]
+UnitNorm = Annotated[
+    bool,
+    typer.Option("--unit-norm/--no-unit-norm", help="Scale standardised inputs to unit norm."),
+]
+Loss = Annotated[
+    str, typer.Option(help="cross_entropy, or package.module:function of (outputs, targets).")
+]
+Parameters = Annotated[
+    list[str] | None,
+    typer.Option(help="Pattern of the parameters in play, such as 'layer4.*'; repeatable."),
+]
+ReduceOnly = Annotated[
+    bool,
+    typer.Option(
+        "--reduce-only/--keep-pairs",
+        help="Keep no pairs, only sums over each example's pairs by class and distance.",
+    ),
+]
+DistanceBins = Annotated[int, typer.Option(help="Bins of distance, with --reduce-only.")]
 TrainExamples = Annotated[
     int, typer.Option(help="Examples of the training split, put before the others.")
 ]
@@ -85,7 +120,17 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads of a replica.")]
 Memory = Annotated[
     str | None, typer.Option(help="Memory of a replica, such as 4GB; default: its share.")
 ]
+WaitForNodes = Annotated[
+    float | None,
+    typer.Option(help="Seconds to wait for a node that fits; default: if autoscaled."),
+]
+Rows = Annotated[
+    str | None,
+    typer.Option(help="FIRST:LAST, rows to compute now; a later run adds the rest."),
+]
 
 # What is said.
 PlanOnly = Annotated[bool, typer.Option("--plan", help="Say what it will cost, and stop.")]
-AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="For machines: one JSON object on standard output.")
+]

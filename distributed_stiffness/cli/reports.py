@@ -9,9 +9,9 @@ import typer
 from typer.core import TyperCommand
 
 from distributed_stiffness.cli.ending import interruptible
-from distributed_stiffness.cli.options import StorePath, choice
+from distributed_stiffness.cli.options import AsJson, StorePath, choice
 from distributed_stiffness.cli.parsing import split
-from distributed_stiffness.cli.work import beside, say
+from distributed_stiffness.cli.work import beside, say, say_json
 from distributed_stiffness.errors import StudyError
 from distributed_stiffness.progress import Progress
 
@@ -23,12 +23,20 @@ def report(
     folder: Annotated[
         Path | None, typer.Option(help="Where figures and report go; default: beside the store.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Draw the figures of a store and write its report."""
-    from distributed_stiffness.report import present
+    """Draw the figures of a store and write its report.
+
+    Example: stiffness report results/demo.zarr --folder figures
+    """
+    from distributed_stiffness.report.present import presented
 
     with interruptible(), Progress() as progress:
-        say(present(store, folder or beside(store), progress))
+        shown = presented(store, folder or beside(store), progress)
+    if as_json:
+        say_json(shown.to_json())
+    else:
+        say(shown.lines())
 
 
 class PlotCommand(TyperCommand):
@@ -72,19 +80,33 @@ def plot(
         str | None,
         choice(MEASURES, "Of a view whose name ends in one: class_matrices --measure cosine."),
     ] = None,
+    distance: Annotated[
+        str,
+        typer.Option(
+            help="Of the profiles: a variable of the store; `stiffness distances` adds them."
+        ),
+    ] = "distance",
+    against: Annotated[
+        str | None,
+        typer.Option(help="Of permuted: the other store, such as one with permuted labels."),
+    ] = None,
     list_views: Annotated[
         bool, typer.Option("--list", help="List the views, a sentence each, and stop.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Draw one figure of a store.
 
     Example: stiffness plot results/demo.zarr class_matrices_sign --iterations 0,168 --out c.pdf
     """
-    from distributed_stiffness.figures import views_in_words
+    from distributed_stiffness.figures import VIEWS, views_in_words
     from distributed_stiffness.report import plot
 
     if view is None or list_views:
-        say(views_in_words())
+        if as_json:
+            say_json({name: of.sentence for name, of in VIEWS.items()})
+        else:
+            say(views_in_words())
         return
     view = _of_measure(view, measure)
     given = {
@@ -94,8 +116,19 @@ def plot(
     }
     at = {dim: values for dim, values in given.items() if values}
     with interruptible(), Progress() as progress:
-        path = out or beside(store) / f"{view}.png"
-        say([f"Figure: {plot(store, view, path, at=at, progress=progress)}"])
+        path = plot(
+            store,
+            view,
+            out or beside(store) / f"{view}.png",
+            at=at,
+            distance=distance,
+            against=against,
+            progress=progress,
+        )
+    if as_json:
+        say_json({"store": store, "view": view, "figure": str(path)})
+    else:
+        say([f"Figure: {path}"])
 
 
 def _of_measure(view: str, measure: str | None) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from typing import Annotated
 
 import typer
 
 from distributed_stiffness.cli.ending import FAILED, interruptible
+from distributed_stiffness.cli.fields import run_fields
 from distributed_stiffness.cli.options import (
     ENGINES,
     AsJson,
@@ -19,8 +19,7 @@ from distributed_stiffness.cli.options import (
     StorePath,
     choice,
 )
-from distributed_stiffness.cli.parsing import n_bytes
-from distributed_stiffness.cli.work import checked_run, say
+from distributed_stiffness.cli.work import checked_run, say, say_json
 from distributed_stiffness.progress import Progress
 
 
@@ -45,21 +44,19 @@ def verify(
     """Read every chunk of a store, check its numbers, and compute a sample of them again.
 
     Exit code 0: nothing is wrong, or all was repaired; 1: something is.
+
+    Example: stiffness verify results/demo.zarr --repair
     """
+    options = locals()
     from distributed_stiffness.verify import verify_store
 
-    chosen = checked_run(
-        store=store,
-        checkpoints=checkpoints,
-        data_directory=data_dir,
-        download=download,
-        engine=engine,
-        address=address,
-        memory=n_bytes(memory),
-    )
+    chosen = checked_run(**run_fields(options))
     with interruptible(), Progress() as progress, contextlib.redirect_stdout(sys.stderr):
         found = verify_store(chosen, repair=repair, sample=sample, progress=progress)
-    say([json.dumps(found.to_json())] if as_json else found.lines())
+    if as_json:
+        say_json(found.to_json())
+    else:
+        say(found.lines())
     if not found.is_well:
         raise typer.Exit(FAILED)
 
@@ -74,4 +71,7 @@ def status(store: StorePath, as_json: AsJson = False) -> None:
     from distributed_stiffness.engine.status import status as look
 
     found = look(store)
-    say([json.dumps(found.to_json())] if as_json else list(found.lines()))
+    if as_json:
+        say_json(found.to_json())
+    else:
+        say(list(found.lines()))

@@ -6,9 +6,27 @@ from typing import Annotated
 
 import typer
 
-from distributed_stiffness.cli.options import Address, AsJson, DataDir, Engine, Store, StudyFile
-from distributed_stiffness.cli.parsing import n_bytes, read_study
-from distributed_stiffness.cli.work import checked_run, compute_and_present, show_plan
+from distributed_stiffness.cli.fields import run_fields
+from distributed_stiffness.cli.options import (
+    Address,
+    AsJson,
+    CheckpointFolder,
+    DataDir,
+    Device,
+    Download,
+    Engine,
+    Figures,
+    MaxReplicas,
+    Memory,
+    PlanOnly,
+    Rows,
+    Store,
+    StudyFile,
+    Threads,
+    WaitForNodes,
+)
+from distributed_stiffness.cli.parsing import read_study
+from distributed_stiffness.cli.work import checked_run, compute_or_plan, show_plan
 from distributed_stiffness.study import Data, Study, Training
 
 DEMO = Study(
@@ -18,26 +36,48 @@ DEMO = Study(
 )
 
 
-def demo(store: Store = "results/demo.zarr", engine: Engine = "ray") -> None:
+def demo(
+    store: Store = "results/demo.zarr",
+    figures: Figures = None,
+    engine: Engine = "ray",
+    as_json: AsJson = False,
+) -> None:
     """Train the paper's fully connected net on real digits and look at its stiffness.
 
     Needs no network: the digits come with scikit-learn. Takes a minute or two on two cores.
+
+    Example: stiffness demo --store results/demo.zarr
     """
-    compute_and_present(DEMO, checked_run(store=store, engine=engine))
+    run = checked_run(store=store, engine=engine)
+    compute_or_plan(DEMO, run, plan_only=False, as_json=as_json, folder=figures)
 
 
 def run(
     study: StudyFile,
     store: Store,
+    checkpoints: CheckpointFolder = None,
+    figures: Figures = None,
     data_dir: DataDir = None,
+    download: Download = True,
     address: Address = None,
+    device: Device = "auto",
+    max_replicas: MaxReplicas = None,
+    threads: Threads = None,
+    memory: Memory = None,
+    wait_for_nodes: WaitForNodes = None,
+    engine: Engine = "ray",
+    rows: Rows = None,
+    plan_only: PlanOnly = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a study file; a store keeps its own, as JSON, in its attribute `study`.
 
+    A file says what the options of a job script say: the same fields, the same numbers.
+
     Example: stiffness run study.yaml --store results/study.zarr
     """
-    chosen = checked_run(store=store, data_directory=data_dir, address=address)
-    compute_and_present(read_study(study), chosen)
+    chosen = checked_run(**run_fields(locals()))
+    compute_or_plan(read_study(study), chosen, plan_only=plan_only, as_json=as_json, folder=figures)
 
 
 def plan(
@@ -46,6 +86,7 @@ def plan(
         str, typer.Option(help="Path or URL of the store; one that is there keeps its plan.")
     ] = "results/study.zarr",
     data_dir: DataDir = None,
+    download: Download = True,
     memory: Annotated[
         str | None, typer.Option(help="Of a replica, such as 4GB; default: half of what is free.")
     ] = None,
@@ -58,5 +99,5 @@ def plan(
 
     Example: stiffness plan study.json --replicas 8 --memory 4GB
     """
-    chosen = checked_run(store=store, data_directory=data_dir, memory=n_bytes(memory))
+    chosen = checked_run(**run_fields(locals()))
     show_plan(read_study(study), chosen, replicas=replicas, as_json=as_json)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,11 @@ def checked_run(**options: Any) -> Any:
     return Run(**options)
 
 
+def say_json(value: Mapping[str, Any]) -> None:
+    """Print one JSON object to standard output."""
+    typer.echo(json.dumps(value))
+
+
 def show_plan(study: Study, chosen: Any, *, replicas: int, as_json: bool = False) -> None:
     """Print what a study will cost."""
     from distributed_stiffness.engine.prediction import predict
@@ -52,21 +59,30 @@ def show_plan(study: Study, chosen: Any, *, replicas: int, as_json: bool = False
         prepared = prepare(study, chosen, progress)
         made = prepared.plan(chosen.memory or free_memory() // replicas, "cpu")
         found = predict(made, replicas=replicas, speed=prepared.speed(made))
-    lines = [made.describe(), found.describe()]
-    whole = {"plan": made.to_json(), "prediction": found.to_json()}
-    say([json.dumps(whole)] if as_json else lines)
+    if as_json:
+        say_json({"plan": made.to_json(), "prediction": found.to_json()})
+    else:
+        say([made.describe(), found.describe()])
 
 
-def compute_and_present(
+def compute_or_plan(
     study: Study,
     chosen: Any,
     *,
+    plan_only: bool,
+    as_json: bool,
     folder: Path | None = None,
     bring: Callable[[Any], None] | None = None,
 ) -> None:
-    """Compute a study, then draw its figures, write its report and print what they show."""
+    """Compute a study, then draw its figures, write its report and print what they show.
+
+    With `plan_only`, say what it will cost instead.
+    """
+    if plan_only:
+        show_plan(study, chosen, replicas=chosen.max_replicas or 1, as_json=as_json)
+        return
     from distributed_stiffness.engine import run_study
-    from distributed_stiffness.report import present
+    from distributed_stiffness.report.present import presented
 
     folder = _writable(folder or beside(chosen.store))
     with interruptible(), Progress(quiet=chosen.quiet) as progress:
@@ -75,9 +91,18 @@ def compute_and_present(
                 f"note: the store {chosen.store!r} is relative to the job's scratch folder; give"
                 " an absolute path or a URL to keep it"
             )
-        store = run_study(study, chosen, progress, bring=bring)
-        if chosen.rows is None:  # figures of a part would mislead
-            say(present(store, folder, progress))
+        # What Ray and others print is no part of the answer.
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            store = run_study(study, chosen, progress, bring=bring)
+        if chosen.rows is not None:  # figures of a part would mislead
+            if as_json:
+                say_json({"store": store, "rows": chosen.rows})
+            return
+        shown = presented(store, folder, progress)
+    if as_json:
+        say_json(shown.to_json())
+    else:
+        say(shown.lines())
 
 
 def beside(store: str) -> Path:

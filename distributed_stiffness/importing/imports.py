@@ -91,11 +91,14 @@ def gather(
     sample_seed: int = 0,
     standardise: bool = False,
     unit_norm: bool = False,
+    accept_unverified: bool = False,
     model_options: Mapping[str, Any] | None = None,
     data_options: Mapping[str, Any] | None = None,
     parameters: Sequence[str] | None = None,
     precision: str = "float32",
     tile: int | None = None,
+    keep: str = "pairs",
+    distance_bins: int = 50,
     title: str | None = None,
 ) -> Imports:
     """Find the checkpoints, place them, and describe the study; arguments: `measure_checkpoints`.
@@ -117,6 +120,7 @@ def gather(
             "sample_seed": sample_seed,
             "standardise": standardise,
             "unit_norm": unit_norm,
+            "accept_unverified": accept_unverified,
         },
         "model": {"name": model, "options": dict(model_options or {})},
         "training": {
@@ -127,6 +131,8 @@ def gather(
         },
         "gradients": {"parameters": parameters, "precision": precision, "tile": tile},
         "loss": loss,
+        "keep": keep,
+        "distance_bins": distance_bins,
     }
     return Imports(build_study(lambda: Study.model_validate(fields)), files, prefix)
 
@@ -155,25 +161,28 @@ def measure_checkpoints(
         data: `package.module:factory`, such a function itself (what it may return is said at
             `data.foreign.labelled`), `npz:FILE`, `images:FOLDER`, `hf:FOLDER`, or a name of this
             package's. Inputs are taken as they are.
-        checkpoints: patterns of paths or URLs, such as 'runs/*/step-*.pt': .safetensors; .pt, .pth,
-            .ckpt and .bin with a state dict; model folders of Hugging Face. None: the folder of an
-            `hf:` model, or those of the table.
+        checkpoints: patterns of paths or URLs, such as `'runs/*/step-*.pt'`: .safetensors; .pt,
+            .pth, .ckpt and .bin with a state dict; model folders of Hugging Face. None: the folder
+            of an `hf:` model, or those of the table.
         store: path or URL of the results.
         run: where and how it is computed, in place of `store`.
         progress: where it is shown.
         choices: by name, all optional:
-            pattern: how the ends of the paths look, such as 'lr{learning_rate}/step-{iteration}'.
-            table: CSV file, or rows, with path, learning_rate, seed, iteration.
-            iterations: those that are looked at.
-            prefix: of the names in a state dict; found, where there is one choice.
-            loss: "cross_entropy", or a function (outputs, targets) -> (N,), or its name.
-            examples: how many, drawn with the classes in proportion; None: all.
-            train_examples: of a training split, put before them.
-            sample_seed: of the draw.
-            standardise, unit_norm: the package's own preprocessing, by a training split.
-            model_options, data_options: keyword arguments of the factories.
-            parameters: glob patterns of the parameters in play.
-            precision, tile, title: as in a study.
+
+            - `pattern`: how the paths end, such as `'lr{learning_rate}/step-{iteration}'`.
+            - `table`: CSV file, or rows, with path, learning_rate, seed, iteration.
+            - `iterations`: those that are looked at.
+            - `prefix`: of the names in a state dict; found, where there is one choice.
+            - `loss`: "cross_entropy", or a function (outputs, targets) -> (N,), or its name.
+            - `examples`: how many, drawn with the classes in proportion; None: all.
+            - `train_examples`: of a training split, put before them.
+            - `sample_seed`: of the draw.
+            - `standardise`, `unit_norm`: the package's own preprocessing, by a training split.
+            - `accept_unverified`: read data files whose checksums are not the published ones.
+            - `model_options`, `data_options`: keyword arguments of the factories.
+            - `parameters`: glob patterns of the parameters in play.
+            - `precision`, `tile`, `title`: as in a study.
+            - `keep`: "pairs", or "sums" over each example's pairs in `distance_bins` bins.
 
     Raises:
         StiffnessError: whatever a user can mend, before costly work where that is possible.

@@ -30,7 +30,7 @@ _IN_FOLDER = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_PICKLED = (".pt", ".pth", ".ckpt", ".bin")
+_PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".pth.tar")  # the last: no archive, only called so
 _LISTED = 4  # keys that are named
 
 
@@ -152,13 +152,13 @@ def _files(filesystem: Any, root: str, path: str) -> Iterator[str]:
 
 
 def _read_file(filesystem: Any, path: str) -> Read:
-    suffix = PurePosixPath(path).suffix.lower()
+    name = PurePosixPath(path).name.lower()
     try:
-        if suffix == ".safetensors":
+        if name.endswith(".safetensors"):
             if "file" in filesystem.protocol:
                 return Read(safetensors.torch.load_file(path))
             return Read(safetensors.torch.load(filesystem.cat_file(path)))
-        if suffix in _PICKLED:
+        if name.endswith(_PICKLED):
             with filesystem.open(path, "rb") as file, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of old formats: what matters is raised
                 return _nested(torch.load(file, map_location="cpu", weights_only=True), path)
