@@ -65,7 +65,9 @@ SCHEMA_VERSION = 1
 # |cosine| is counted by power of two, from half a unit in the last place at 1, where no pairs are
 # kept: so many signs are undecided under an error bound that is known only later.
 EXPONENTS = np.arange(-24, 1)
+_ITERATIONS = 1024
 WHOLE_MATRIX_CHECK = "whole_matrix_check"  # attribute of the group
+ADDED = "distances"  # attribute of the group: names of the distances that were added
 _T = TypeVar("_T")
 _RUN = ("learning_rate", "seed", "iteration")
 
@@ -238,7 +240,7 @@ class Store:
             )
         # "pairs", or "sums": what is there of each tile.
         self.keeps = str(self.group.attrs.get("keep", "pairs"))
-        self._arrays = {name: _array(self.group, name) for name in _variables(self.keeps)}
+        self._arrays = self._opened()
         self.retries = 0  # requests that were made again
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
@@ -358,36 +360,44 @@ class Store:
         Raises:
             StoreError: a chunk is damaged; names it.
         """
-        array, place = self._arrays[name], (*_lead(checkpoint), rows, columns)
+        place = (*_lead(checkpoint), rows, columns)
+        return self._read(name, checkpoint, lambda: self._arrays[name].oindex[place])
+
+    def numbers(self, checkpoint: Checkpoint, *names: str) -> list[np.ndarray]:
+        """Read numbers that every example, or tile, of a checkpoint has, whole.
+
+        Raises:
+            StoreError: a chunk is damaged; names it.
+        """
+        place = _lead(checkpoint)
+        return [
+            self._read(name, checkpoint, functools.partial(self._arrays[name].__getitem__, place))
+            for name in names
+        ]
+
+    def _read(
+        self, name: str, checkpoint: Checkpoint | None, request: Callable[[], np.ndarray]
+    ) -> np.ndarray:
         try:
             with _explained(self.url, "read"):
-                values: np.ndarray = self._persistently(lambda: array.oindex[place])
+                return self._persistently(request)
         except ValueError as error:
             raise StoreError(
                 f"{self.url} is damaged ({error}): {', '.join(self._damaged(name, checkpoint))}."
-                " Delete these files and run the same command again: they are computed anew"
+                " `stiffness verify --repair` deletes what is wrong, and computes it anew"
             ) from error
-        return values
 
-    def numbers(self, checkpoint: Checkpoint, *names: str) -> list[np.ndarray]:
-        """Read numbers that every example of a checkpoint has one of, each (n,)."""
-        with _explained(self.url, "read"):
-            return [
-                self._persistently(
-                    functools.partial(self._arrays[n].__getitem__, _lead(checkpoint))
-                )
-                for n in names
-            ]
+    def of_checkpoints(self, name: str) -> np.ndarray:
+        """Read a number that every checkpoint has one of: (learning rates, seeds, iterations)."""
+        return self._read(name, None, lambda: self._arrays[name][...])
 
     def class_sums(self, checkpoint: Checkpoint) -> np.ndarray:
         """Return the sums of each example over all others, by class: (N, C, S)."""
         array = self._arrays[CLASS_SUMS]
         total = np.zeros((array.shape[4], *array.shape[6:]))
-        with _explained(self.url, "read"):
-            for part in range(array.shape[3]):
-                place = (*_lead(checkpoint), part)
-                read = functools.partial(array.__getitem__, place)
-                total += np.asarray(self._persistently(read)).sum(1)
+        for part in range(array.shape[3]):
+            request = functools.partial(array.__getitem__, (*_lead(checkpoint), part))
+            total += self._read(CLASS_SUMS, checkpoint, request).sum(1)
         return total
 
     def near_zero(self, checkpoint: Checkpoint) -> np.ndarray:
@@ -415,16 +425,91 @@ class Store:
         self._edit_attrs(lambda attributes: attributes.update(attrs))
 
     def _edit_attrs(self, edit: Callable[[dict[str, Any]], None]) -> None:
-        """Change attributes in one write.
+        """Change attributes in one write."""
+        self._edit_metadata(lambda metadata: edit(metadata["attributes"]))
+
+    def _edit_metadata(self, edit: Callable[[dict[str, Any]], None]) -> None:
+        """Change the group's metadata in one write.
 
         The consolidated copy of the arrays' metadata lies in the same file and stays as it is:
         zarr's own way to change attributes would drop it.
         """
         with _explained(self.url):
             metadata = _read_metadata(self.url)
-            edit(metadata["attributes"])
+            edit(metadata)
             filesystem, root = fsspec.core.url_to_fs(self.url)
             write_whole(filesystem, f"{root}/zarr.json", json.dumps(metadata, indent=2).encode())
+
+    def _opened(self) -> dict[str, Any]:
+        """Open every variable: those of the schema, and the distances that were added."""
+        added: Any = self.group.attrs.get(ADDED, [])
+        return {name: _array(self.group, name) for name in (*_variables(self.keeps), *added)}
+
+    # Distances that are added (engine/distances.py)
+
+    def add_distance(
+        self, name: str, *, long_name: str, description: str, of_checkpoints: bool
+    ) -> None:
+        """Make room for another distance of pairs, unless there is; readers see it from then on."""
+        if name in self._arrays:
+            return
+        lead = _RUN if of_checkpoints else ()
+        variable = _Variable((*lead, "example", "other"), "float32", long_name, description)
+        cosine = self._arrays["cosine"]
+        sizes = dict(zip(cosine.metadata.dimension_names, cosine.shape, strict=True))
+        with _explained(self.url):
+            if name in self.group:  # of a run that died before it was said to be there
+                del self.group[name]
+            _create_variable(self.group, name, variable, sizes, cosine.chunks[-1])
+            _consolidate(self.url)
+        self.set_attrs(**{ADDED: [*self.attrs.get(ADDED, []), name]})
+        self._arrays[name] = _array(self.group, name)
+
+    # Growing (watching/)
+
+    def resize_iterations(self, n: int) -> None:
+        """Give every array room for n iterations; the chunks of any beyond are deleted.
+
+        xarray sees it when it is published: until then the consolidated metadata say what they
+        said.
+        """
+        with _explained(self.url):
+            for array in (*self._arrays.values(), _array(self.group, "iteration")):
+                dims = array.metadata.dimension_names
+                shape = tuple(
+                    n if dim == "iteration" else size
+                    for dim, size in zip(dims, array.shape, strict=True)
+                )
+                if shape != array.shape:
+                    array.resize(shape)
+        self._arrays = self._opened()
+
+    def publish_iterations(self, study: Study, identity: Mapping[str, Any], plan: Plan) -> None:
+        """Say which iterations there are: to any reader, in one write.
+
+        Args:
+            study: with these iterations, for which there is room.
+            identity: its fingerprint.
+            plan: of so many checkpoints.
+        """
+        iterations = np.asarray(study.iterations, dtype=np.int64)
+        with _explained(self.url):  # there may still be room for more
+            _array(self.group, "iteration")[: len(iterations)] = iterations
+
+        def edit(metadata: dict[str, Any]) -> None:
+            for array in metadata["consolidated_metadata"]["metadata"].values():
+                dims = array["dimension_names"]
+                if "iteration" in dims:
+                    array["shape"][dims.index("iteration")] = len(iterations)
+            attributes = metadata["attributes"]
+            attributes |= {
+                "study": study.model_dump_json(),
+                "fingerprint": dict(identity),
+                "plan": plan.to_json(),
+            }
+            attributes.pop("finished", None)
+
+        self._edit_metadata(edit)
 
     def sweep(self) -> None:
         """Remove what dead writers left behind; only when no writer is alive."""
@@ -488,7 +573,7 @@ def create_or_continue(
         StoreError: the store belongs to another study (names what differs), the path cannot be
             written, or the disk has too little room.
     """
-    if not _is_there(str(url)):
+    if not is_there(str(url)):
         now = fingerprint(study, content=data.content_hash(), tile=plan.tile)
         return _retrying()(_create, str(url), study, data, plan, now, edges and edges())
     store = Store(url)
@@ -505,7 +590,7 @@ def refuse_another_study(
     Raises:
         StoreError: it belongs to another study; names each field that differs, was and is.
     """
-    if _is_there(str(url)):
+    if is_there(str(url)):
         _refuse_differences(Store(url), study, data, tile=tile)
 
 
@@ -515,12 +600,28 @@ def _refuse_differences(store: Store, study: Study, data: StudyData, *, tile: in
     now = fingerprint(study, content=data.content_hash(), tile=edge)
     changes = differences(was, now)
     if changes:
+        if was["data"] != now["data"]:
+            changes.append(_why_other_data(store, study))
+        if was["tile"] != now["tile"]:
+            changes.append(
+                f"its chunks are cut so: leave the tile out, and the run goes on with {was['tile']}"
+            )
         raise StoreError(
-            f"{store.url} belongs to another study: "
-            + "; ".join(changes)
-            + ". Give another --store, or"
+            f"{store.url} belongs to another study: {'; '.join(changes)}. Give another --store, or"
             " the settings that it was made with"
         )
+
+
+def _why_other_data(store: Store, study: Study) -> str:
+    """Say which settings make the data other ones; a hash alone tells nobody."""
+    then, now = json.loads(store.attrs["study"])["data"], study.data.model_dump(mode="json")
+    changes = differences(then, {name: now[name] for name in then if name in now})
+    if changes:
+        return ", ".join(f"data.{change}" for change in changes)
+    return (
+        "the settings of the data are the same: what was read has changed (an input, a label, the"
+        " order of the examples, or the training data)"
+    )
 
 
 def _create(
@@ -532,9 +633,7 @@ def _create(
     edges: np.ndarray | None,
 ) -> Store:
     _require_room(url, plan)
-    labelled, coordinates = data.labelled, list(_coordinates(study, data))
-    if edges is not None:
-        coordinates += _coordinates_of_sums(data, edges)
+    labelled, coordinates = data.labelled, list(_all_coordinates(study, data, edges))
     with _explained(url):
         group = zarr.create_group(
             _backend(url),
@@ -615,10 +714,11 @@ def _create_coordinate(group: zarr.Group, coordinate: _Coordinate) -> None:
     attributes: dict[str, Any] = {"long_name": coordinate.long_name}
     if values.dtype.kind in "if":
         attributes["units"] = "1"
+    most = _ITERATIONS if coordinate.name == "iteration" else 1  # it may grow within its chunk
     array = group.create_array(
         coordinate.name,
         shape=values.shape,
-        chunks=values.shape,
+        chunks=tuple(max(size, most) for size in values.shape),
         dtype=str if values.dtype == object else values.dtype,
         dimension_names=coordinate.dims,
         attributes=attributes,
@@ -633,6 +733,14 @@ class _Coordinate:
     dims: tuple[str, ...]
     values: np.ndarray
     long_name: str
+
+
+def _all_coordinates(
+    study: Study, data: StudyData, edges: np.ndarray | None
+) -> Iterator[_Coordinate]:
+    yield from _coordinates(study, data)
+    if edges is not None:
+        yield from _coordinates_of_sums(data, edges)
 
 
 def _coordinates(study: Study, data: StudyData) -> Iterator[_Coordinate]:
@@ -669,9 +777,14 @@ def _meaning_of_rate(training: Training) -> str:
     return "learning rate" + ("; 0: not given" if NOT_GIVEN in training.learning_rates else "")
 
 
-def coordinate_values(study: Study, data: StudyData) -> dict[str, np.ndarray]:
-    """Return what every coordinate of a study's store holds, by name."""
-    return {coordinate.name: coordinate.values for coordinate in _coordinates(study, data)}
+def coordinate_values(
+    study: Study, data: StudyData, edges: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Return what every coordinate of a study's store holds, by name.
+
+    `edges` are those of the distance bins, for a store that keeps sums.
+    """
+    return {c.name: c.values for c in _all_coordinates(study, data, edges)}
 
 
 def _labels(data: StudyData) -> Iterator[tuple[str, np.ndarray, str]]:
@@ -718,7 +831,12 @@ def _backend(url: str) -> Any:
     return url if "://" in url else _DurableLocalStore(Path(url).absolute())
 
 
-def _is_there(url: str) -> bool:
+def is_there(url: str) -> bool:
+    """Whether a store is laid out at a path or URL.
+
+    Raises:
+        StoreError: something else is there, or it cannot be looked into.
+    """
     try:
         filesystem, root = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
@@ -829,12 +947,17 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def stored_tile(url: str) -> int | None:
+    """Return the edge of a tile of an existing store; None: there is none."""
+    return int(Store(url).attrs["fingerprint"]["tile"]) if is_there(url) else None
+
+
 def stored_plan(url: str, plan: Plan) -> Plan:
     """Return `plan`, or the one that an existing store was begun with if it fits the budget.
 
     The same blocks and strips give the same last bits, so a continued run keeps them.
     """
-    if not _is_there(url):
+    if not is_there(url):
         return plan
     was = Plan.from_json({**Store(url).attrs["plan"], "memory": plan.memory})
     same_matrix = (was.n_examples, was.tile) == (plan.n_examples, plan.tile)

@@ -13,7 +13,7 @@ import fsspec
 import numpy as np
 import pytest
 import safetensors.torch
-import zarr
+from damage import Damage, both, copy, cut, files, flip, invert, look, put, remove, verdict
 from studies import assert_same_bits, run_options, tiny_study
 
 from distributed_stiffness.checkpoints import weights_hash
@@ -23,7 +23,7 @@ from distributed_stiffness.engine import run_study
 from distributed_stiffness.errors import DataError, StoreError, StudyError
 from distributed_stiffness.store import Store
 from distributed_stiffness.study import Data, Gradients, Model, Training
-from distributed_stiffness.verify import Verification, run, verify_store
+from distributed_stiffness.verify import run
 from distributed_stiffness.verify.numbers import (
     impossible_correct,
     undecided,
@@ -32,7 +32,6 @@ from distributed_stiffness.verify.numbers import (
 )
 from distributed_stiffness.verify.recompute import wrong_examples, wrong_pairs
 
-Damage = Callable[[Path], None]
 # Of a checkpoint that a run takes up again; its file says what they are.
 METRICS = {"train_loss", "train_accuracy", "validation_loss", "validation_accuracy"}
 LAST = "1/0/1"  # learning rate 0.01, iteration 30
@@ -52,90 +51,6 @@ def store(finished: Path, tmp_path: Path) -> Path:
     """A copy of it, with its checkpoints."""
     shutil.copytree(finished.parent, tmp_path, dirs_exist_ok=True)
     return tmp_path / finished.name
-
-
-def look(store: Path | str, **options: object) -> Verification:
-    """Verify a store in silence, on one thread."""
-    return verify_store(run_options(store), **options)  # type: ignore[arg-type]
-
-
-def verdict(found: Verification) -> set[tuple[str, str]]:
-    """Kind and chunk of each fault."""
-    return {(fault.kind, fault.chunk) for fault in found.faults}
-
-
-def files(folder: Path) -> dict[str, int]:
-    """When each chunk was written."""
-    return {
-        str(p.relative_to(folder)): p.stat().st_mtime_ns
-        for p in folder.glob("*/c/**/*")
-        if p.is_file()
-    }
-
-
-def flip(key: str) -> Damage:
-    """Change one bit of a chunk."""
-
-    def damage(store: Path) -> None:
-        content = bytearray((store / key).read_bytes())
-        content[len(content) // 2] ^= 1
-        (store / key).write_bytes(content)
-
-    return damage
-
-
-def cut(key: str, length: int) -> Damage:
-    """Leave so many bytes of a chunk."""
-    return lambda store: _write(store / key, (store / key).read_bytes()[:length])
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-
-
-def remove(key: str) -> Damage:
-    """Delete a chunk."""
-    return lambda store: (store / key).unlink()
-
-
-def copy(*pairs: tuple[str, str]) -> Damage:
-    """Put chunks in the place of others, whose checksums are right."""
-
-    def damage(store: Path) -> None:
-        contents = [(store / source).read_bytes() for source, _ in pairs]
-        for content, (_, target) in zip(contents, pairs, strict=True):
-            (store / target).write_bytes(content)
-
-    return damage
-
-
-def put(name: str, place: tuple[int, ...], value: float) -> Damage:
-    """Write one number as a writer would, with the right checksum."""
-
-    def damage(store: Path) -> None:
-        zarr.open_group(str(store), mode="r+", use_consolidated=False)[name][place] = value
-
-    return damage
-
-
-def invert(place: tuple[int | slice, ...]) -> Damage:
-    """Say of examples that they are classified correctly where they are not, and so on."""
-
-    def damage(store: Path) -> None:
-        correct = zarr.open_group(str(store), mode="r+", use_consolidated=False)["correct"]
-        correct[place] = ~correct[place]
-
-    return damage
-
-
-def both(*damages: Damage) -> Damage:
-    """Do several."""
-
-    def damage(store: Path) -> None:
-        for one in damages:
-            one(store)
-
-    return damage
 
 
 def transposes(*keys: str) -> set[str]:
@@ -660,12 +575,18 @@ class TestCommand:
         """
         code, stdout, _ = stiffness(str(finished))
         assert code == 0
-        assert stdout.startswith(f"{finished}: no fault; complete. Checked: 119 chunks")
+        bound, verdict = stdout.splitlines()
+        assert bound.startswith("error bound of a cosine: at most ")
+        assert verdict.startswith(f"{finished}: no fault; complete. Checked: 119 chunks")
 
         code, stdout, _ = stiffness(str(finished), "--json")
         assert code == 0
         said = json.loads(stdout)
-        assert said.keys() == {"store", "complete", "checked", "faults", "notes", "repaired"}
+        assert said.keys() == {
+            "store", "complete", "checked", "faults", "notes", "bounds", "repaired"
+        }  # fmt: skip
+        assert said["bounds"][-1].keys() == {"checkpoint", "error", "undecided"}
+        assert said["bounds"][-1]["checkpoint"] == LAST_IN_WORDS
         assert said["complete"]
         assert said["faults"] == []
 

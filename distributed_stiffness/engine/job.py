@@ -16,6 +16,7 @@ from typing import Any
 
 from distributed_stiffness.checkpoints import Checkpoints, TrainingRun
 from distributed_stiffness.data.selection import StudyData
+from distributed_stiffness.engine.bounds import Bound, describe_bounds
 from distributed_stiffness.engine.lease import Lease
 from distributed_stiffness.engine.prediction import Prediction, Speed, predict
 from distributed_stiffness.engine.replica import Receipt
@@ -123,6 +124,7 @@ class Job:
             "checkpoints",
             done=len(self._checked),
         )
+        self._require_same_weights()
         self.scheduler.add(self._tasks("distance", None))
         self._take_up_checkpoints()
 
@@ -266,8 +268,18 @@ class Job:
                 f"rows {of(first).start} to {of(last).stop - 1} are there; the rest was not asked"
                 " for. Run without --rows to complete the store"
             )
-        elif "finished" not in self.store.attrs:
-            self.store.set_attrs(finished=now())
+        else:
+            if "finished" not in self.store.attrs:
+                self.store.set_attrs(finished=now())
+            self.progress.say(describe_bounds(self._bounds(), self.plan.n_examples))
+
+    def _bounds(self) -> list[Bound]:
+        error, undecided = map(self.store.of_checkpoints, ("error_bound", "undecided"))
+        places = {c: dataclasses.astuple(c) for c in self._all_checkpoints()}
+        return [
+            Bound(self._words(checkpoint), float(error[at]), int(undecided[at]))
+            for checkpoint, at in places.items()
+        ]
 
     # Checkpoints
 
@@ -293,7 +305,8 @@ class Job:
         checkpoint that is checked as a whole counts as not checked.
         """
         self._contents = self.store.contents()
-        whole = WHOLE_MATRIX_CHECK in self.store.attrs
+        said = self.store.attrs.get(WHOLE_MATRIX_CHECK, {})
+        whole = self._place(self._all_checkpoints()[-1]).items() <= said.items()
         self._checked = {
             checkpoint
             for checkpoint in self._contents.checked
@@ -301,11 +314,10 @@ class Job:
         }
 
     def _say_checked_whole(self, checkpoint: Checkpoint, means: ClassMeans) -> None:
-        run, iteration = training_run(self.study, checkpoint)
-        place = {"learning_rate": run.learning_rate, "seed": run.seed, "iteration": iteration}
-        self.store.set_attrs(**{WHOLE_MATRIX_CHECK: place | dataclasses.asdict(means)})
+        said = self._place(checkpoint) | dataclasses.asdict(means)
+        self.store.set_attrs(**{WHOLE_MATRIX_CHECK: said})
         self.progress.say(
-            f"whole-matrix check of {run}, iteration {iteration}: the mean cosines of"
+            f"whole-matrix check of {self._words(checkpoint)}: the mean cosines of"
             f" {means.classes} classes are within {means.largest_difference:.1g} of those from"
             " sums of gradients"
         )
@@ -314,14 +326,7 @@ class Job:
         """Take up a checkpoint: its weights' hash and metrics go to the store, its tasks wait."""
         run, iteration = training_run(self.study, checkpoint)
         weights = self.folder.load_weights(run, iteration)
-        place = f"{run.learning_rate!r}/{run.seed}/{iteration}"
-        known = self._weights.setdefault(place, weights.sha256)
-        if known != weights.sha256:
-            raise StoreError(
-                f"{self.store.url} belongs to other weights: those of {run}, iteration"
-                f" {iteration}, had SHA-256 {known[:12]}…, the checkpoint in {self.checkpoints} has"
-                f" {weights.sha256[:12]}…. Give another --store, or the old checkpoints"
-            )
+        self._require_weights(run, iteration, weights.sha256)
         self.store.set_attrs(weights=self._weights)
         self.store.write_values(checkpoint, **weights.metrics)
         todo = self._tasks("pairs", checkpoint)
@@ -333,6 +338,29 @@ class Job:
         whole = self.rows is None  # else there is nothing to draw a sample from
         if whole and self._left[checkpoint] == 0 and checkpoint not in self._checked:
             self.scheduler.add([Task("check", checkpoint)])
+
+    def _require_same_weights(self) -> None:
+        """Compare what complete checkpoints say of their weights with what the store says."""
+        for checkpoint in self._all_checkpoints():
+            if self._is_complete(checkpoint):
+                run, iteration = training_run(self.study, checkpoint)
+                said = self.folder.said_hash(run, iteration)
+                if said is not None:
+                    self._require_weights(run, iteration, said)
+
+    def _require_weights(self, run: TrainingRun, iteration: int, sha256: str) -> None:
+        """Note the hash of a checkpoint's weights.
+
+        Raises:
+            StoreError: the store's numbers are of others.
+        """
+        was = self._weights.setdefault(f"{run.learning_rate!r}/{run.seed}/{iteration}", sha256)
+        if was != sha256:
+            raise StoreError(
+                f"{self.store.url} belongs to other weights: those of {run}, iteration"
+                f" {iteration}, had SHA-256 {was[:12]}…, the checkpoint in {self.checkpoints} has"
+                f" {sha256[:12]}…. Give another --store, or the old checkpoints"
+            )
 
     def _tasks(self, kind: str, checkpoint: Checkpoint | None) -> list[Task]:
         done = (
@@ -407,10 +435,15 @@ class Job:
         return min(max(steps, default=0), self.study.iterations[-1])
 
     def _name(self, task: Task) -> str:
-        if task.checkpoint is None:
-            return "distances"
-        run, iteration = training_run(self.study, task.checkpoint)
+        return "distances" if task.checkpoint is None else self._words(task.checkpoint)
+
+    def _words(self, checkpoint: Checkpoint) -> str:
+        run, iteration = training_run(self.study, checkpoint)
         return f"{run}, iteration {iteration}"
+
+    def _place(self, checkpoint: Checkpoint) -> dict[str, float]:
+        run, iteration = training_run(self.study, checkpoint)
+        return {"learning_rate": run.learning_rate, "seed": run.seed, "iteration": iteration}
 
 
 def _in_words(error: BaseException) -> str:

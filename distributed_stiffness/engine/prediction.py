@@ -18,6 +18,11 @@ class Speed:
 
     gradient: float  # seconds of making one
     pair: float  # seconds of the product of two
+    exact: Speed | None = None  # with precision float64, where that was measured too
+
+    def of(self, gradients: float, pairs: float) -> float:
+        """Return the seconds that so many take."""
+        return gradients * self.gradient + pairs * self.pair
 
 
 @dataclass(frozen=True)
@@ -30,14 +35,18 @@ class Prediction:
     recomputed: float  # share of the operations that make gradients again
     bytes_written: int  # of matrices, before compression
     seconds: float | None
+    exact_times: float | None = None  # as long, with precision float64
 
     def describe(self) -> str:
         """One line for people."""
         again = f", {self.recomputed:.0%} to make gradients again" if self.recomputed else ""
         time = f"about {_duration(self.seconds)} on" if self.seconds is not None else "on"
+        exact = ""
+        if self.exact_times is not None:
+            exact = f"; float64 gradients would take {self.exact_times:.2g} times as long"
         return (
             f"predicted: {self.operations:.2g} floating-point operations{again}; up to"
-            f" {in_words(self.bytes_written)}; {time} {self.replicas} replica(s)"
+            f" {in_words(self.bytes_written)}; {time} {self.replicas} replica(s){exact}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -64,10 +73,12 @@ def predict(
     gradients, pairs = plan.n_examples * made, plan.n_examples**2 / 2
     operations = 2 * (gradients * plan.making_work + pairs * plan.pair_work)
     again = 2 * (gradients - plan.n_examples) * plan.making_work
-    seconds = None
+    seconds = exact_times = None
     if speed is not None:
-        each = gradients * speed.gradient + pairs * speed.pair
+        each = speed.of(gradients, pairs)
         seconds = left * plan.n_checkpoints * each / replicas
+        if speed.exact is not None:
+            exact_times = speed.exact.of(gradients, pairs) / each
     return Prediction(
         replicas=replicas,
         gradients=made,
@@ -75,6 +86,7 @@ def predict(
         recomputed=again / max(1.0, operations),
         bytes_written=int(left * plan.store_bytes),
         seconds=seconds,
+        exact_times=exact_times,
     )
 
 

@@ -34,6 +34,7 @@ from distributed_stiffness.store import (
     create_or_continue,
     refuse_another_study,
     stored_plan,
+    stored_tile,
 )
 from distributed_stiffness.study import Study, rate_in_words
 from distributed_stiffness.tiling import default_tile_of_sums
@@ -122,10 +123,23 @@ class Prepared:
         return plan.tiling.chunks(first, last)
 
     def speed(self, plan: Plan) -> Speed:
-        """Measure how fast this process makes and multiplies gradients."""
-        few = slice(0, min(plan.batch, plan.n_examples))
-        gradients = self.gradients.with_factored(plan.factored)
-        return measure(gradients, _examples(self.data, few), plan)
+        """Measure how fast this process makes and multiplies gradients.
+
+        In float64 too, so that its cost is known before it is chosen.
+        """
+        examples = _examples(self.data, slice(0, min(plan.batch, plan.n_examples)))
+        speed = measure(self.gradients.with_factored(plan.factored), examples, plan)
+        if self.study.gradients.precision == "float64":
+            return speed
+        exact = PerExampleGradients(
+            self.gradients.model,
+            self.gradients.loss,
+            examples,
+            parameters=self.study.gradients.parameters,
+            precision="float64",
+            factored=plan.factored,
+        )
+        return replace(speed, exact=measure(exact, examples, plan))
 
     def plan(self, memory: int, device: str) -> Plan:
         """Fit the tiles into replicas of `memory` bytes; a store that is there keeps its plan.
@@ -133,7 +147,8 @@ class Prepared:
         Raises:
             StudyError: it does not fit.
         """
-        study, tile = self.study, self.study.gradients.tile
+        study, url = self.study, self.run.store_url
+        tile = study.gradients.tile or stored_tile(url)
         if study.keep == "sums" and tile is None:
             tile = default_tile_of_sums(self.data.n_examples)
         _, plan = fit(
@@ -148,7 +163,7 @@ class Prepared:
             columns = self.data.labelled.n_classes + 2 * study.distance_bins
             sums = 8 * len(SUMS) * columns * len(splits_of(self.data))
             plan = replace(plan, sums_bytes=sums)
-        return stored_plan(self.run.store_url, plan)
+        return stored_plan(url, plan)
 
 
 def prepare(study: Study, run: Run, progress: Progress) -> Prepared:

@@ -32,6 +32,11 @@ def is_checked_whole(study: Study, checkpoint: Checkpoint) -> bool:
     return checkpoint == list(all_checkpoints(*study.shape))[-1]
 
 
+def allowed_difference(bound: float) -> float:
+    """Return how far two means may lie from each other under a bound on single cosines."""
+    return 2 * bound + ROUNDING
+
+
 def classes_to_check(
     labels: np.ndarray, *, n_parameters: int, n_checkpoints: int, memory: int
 ) -> np.ndarray:
@@ -118,7 +123,7 @@ class ClassSums:
         """
         difference = np.abs(self.means(is_zero) - self.means(is_zero, products))
         largest = float(np.nanmax(difference, initial=0.0))
-        if largest > 2 * bound + ROUNDING:
+        if largest > allowed_difference(bound):
             a, b = np.unravel_index(np.nanargmax(difference), difference.shape)
             raise GradientError(
                 f"the whole-matrix check failed: the mean cosine of classes {self.classes[a]} and"

@@ -12,6 +12,7 @@ Axis letters: N examples, C classes.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from distributed_stiffness.errors import GradientError, ModelError
 from distributed_stiffness.gradients.batches import Nest
+from distributed_stiffness.gradients.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,25 @@ class LossHead:
         """Return the outputs that are differentiated."""
         found = pytree.tree_leaves(outputs)
         return [found[i] for i in self.leaves]
+
+
+def warn_of_own_precision(loss: Loss, precision: Precision, *, stacklevel: int) -> None:
+    """Say what may go wrong where a loss is not differentiated in float64, and how to have it so.
+
+    Args:
+        loss: as it was given.
+        precision: of forward and backward passes.
+        stacklevel: of the caller whom it concerns (see `warnings.warn`).
+    """
+    if isinstance(loss, WholeLoss) and precision.network == torch.float32:
+        warnings.warn(
+            "a WholeLoss is differentiated in the network's own precision, float32, and unscaled:"
+            " of examples that the network fits well, softmax minus one-hot cancels, and signs and"
+            " cosines may be noise. Give the loss apart, 'cross_entropy' or a callable (outputs,"
+            " targets) -> (N,), and it is differentiated in float64 with every example scaled; or"
+            " take precision='float64'",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def double_loss(loss: Loss) -> Loss:

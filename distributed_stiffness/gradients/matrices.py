@@ -24,8 +24,9 @@ from distributed_stiffness.gradients.batches import (
 from distributed_stiffness.gradients.budget import fit, free_memory
 from distributed_stiffness.gradients.error_bound import error_bound, sample_examples
 from distributed_stiffness.gradients.gram import Rows, collect, cosine
-from distributed_stiffness.gradients.loss_head import Loss
+from distributed_stiffness.gradients.loss_head import Loss, warn_of_own_precision
 from distributed_stiffness.gradients.per_example import PerExampleGradients, matching
+from distributed_stiffness.gradients.precision import precision_mode
 from distributed_stiffness.gradients.recipe import Recipe
 from distributed_stiffness.gradients.self_check import EXAMPLES, self_check
 from distributed_stiffness.plan import Plan
@@ -73,7 +74,7 @@ def cosine_matrix(
         ModelError: the network does not fit the examples.
         StudyError: the memory holds no block of gradients, or there is no such precision.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = torch.nn.Linear(3, 2).eval()
         >>> x, y = torch.eye(3), torch.tensor([0, 1, 0])
@@ -369,6 +370,8 @@ def _work(
     memory: int | None,
     check: bool,
 ) -> _Work:
+    # Of who calls the function that calls this one.
+    warn_of_own_precision(loss, precision_mode(precision), stacklevel=3)
     rows = pair(examples)
     columns = None if others is None else pair(others)
     few = take(rows, slice(EXAMPLES))

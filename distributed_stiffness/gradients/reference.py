@@ -8,6 +8,8 @@ checkpoint are differences from these numbers.
 from __future__ import annotations
 
 import copy
+import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -117,8 +119,10 @@ class Reference:
                 values = self.same_direction(call(self.model, batch), targets)
             log_weight = -torch.log(norms)
             if self.same_direction is _log_odds:
-                # Cross-entropy is log(1 + exp(odds)): its slope there is less than 1.
-                log_weight = log_weight + nn.functional.logsigmoid(values.detach())
+                # Cross-entropy is log(1 + exp(odds)): its slope there is less than 1, and no norm
+                # is made with one that float64 cannot say.
+                slope = nn.functional.logsigmoid(values.detach())
+                log_weight = log_weight + slope.clamp(min=math.log(sys.float_info.min))
             weight = torch.where(norms > 0, log_weight.exp(), 0.0)
             grads = torch.autograd.grad(
                 (weight * values).sum(), list(self.parameters.values()), allow_unused=True

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from distributed_stiffness.engine.bounds import Bound, describe_bounds
 from distributed_stiffness.tiling import Checkpoint
 
 Kind = Literal[
@@ -58,6 +59,8 @@ class Verification:
     checked: Mapping[str, int]
     faults: tuple[Fault, ...]  # before any repair
     notes: tuple[str, ...]
+    bounds: tuple[Bound, ...]  # of the checkpoints that are checked
+    n_examples: int
     repaired: bool = False  # there were faults, and none is left
 
     @property
@@ -73,6 +76,7 @@ class Verification:
             "checked": dict(self.checked),
             "faults": [fault.to_json() for fault in self.faults],
             "notes": list(self.notes),
+            "bounds": [asdict(bound) for bound in self.bounds],
             "repaired": self.repaired,
         }
 
@@ -83,6 +87,8 @@ class Verification:
         if len(self.faults) > most:
             lines.append(f"… and {len(self.faults) - most:,} more faults (--json lists them all)")
         lines += [f"note: {note}" for note in self.notes]
+        if self.bounds:
+            lines.append(describe_bounds(self.bounds, self.n_examples))
         return [*lines, f"{self.store}: {self._verdict()}. Checked: {counts}"]
 
     def _verdict(self) -> str:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from distributed_stiffness.analysis.pairs import CLASS_SUMS, DISTANCE_SUMS
 from distributed_stiffness.checkpoints import Checkpoints
 from distributed_stiffness.progress import Progress
-from distributed_stiffness.store import Store, coordinate_values, training_run
+from distributed_stiffness.store import WHOLE_MATRIX_CHECK, Store, training_run
 from distributed_stiffness.study import Study
 from distributed_stiffness.verify.faults import Fault
-from distributed_stiffness.verify.look import PER_EXAMPLE, VARIABLES
+from distributed_stiffness.verify.look import OF_CHECKPOINT, PER_EXAMPLE, lead
+from distributed_stiffness.verify.look_at_sums import NEAR_ZERO, chunk_of_tile, tile_of_chunk
 from distributed_stiffness.verify.recompute import Source
 
 # What a run takes for a sign that something else is there goes first: a repair that is cut off
 # leaves no hole that nobody fills.
-_FIRST = ("undecided", "error_bound", "correct")
+_FIRST = ("undecided", "error_bound", "correct", CLASS_SUMS)
+_SUMS = (CLASS_SUMS, DISTANCE_SUMS, NEAR_ZERO)
 
 
 def take_out(
@@ -35,7 +38,7 @@ def take_out(
     keys = sorted({key for fault in faults for key in chunks_of(fault)}, key=_order)
     store.delete(keys)
     store.sweep()
-    labels = coordinate_values(study, source.data) if source else {}
+    labels = source.coordinates() if source else {}
     for name in {fault.array for fault in faults} & set(labels):
         store.write_coordinate(name, labels[name])
     for fault in faults:
@@ -48,33 +51,31 @@ def chunks_of(fault: Fault) -> Iterator[str]:
     """Name the chunks to delete, so that a run computes again what is wrong.
 
     Of a tile both transposes; of a checkpoint with a bad tile the error bound too, which was
-    measured on it; `correct` with what lies beside it, for its absence brings all three.
+    measured on it; `correct` with what lies beside it, for its absence brings all three. Of sums
+    the chunk that is wrong, and those whose absence brings all of the tile.
     """
-    lead = () if fault.place is None else _lead_of(fault)
-    if fault.array == "cosine":
-        yield from _transposes(fault.chunk)
-        yield from (_key(name, lead) for name in ("undecided", "error_bound"))
-        i, j = fault.chunk.split("/")[-2:]
+    at = lead(fault.place)
+    if fault.array == "cosine" or fault.array in _SUMS:
+        if fault.array == "cosine":
+            i, j = map(int, fault.chunk.split("/")[-2:])
+            yield from (_key("cosine", (*at, *tile)) for tile in ((i, j), (j, i)))
+        else:
+            i, j = tile_of_chunk(fault.array, fault.chunk)
+            yield fault.chunk
+            for tile in ((i, j), (j, i)):
+                yield _key(CLASS_SUMS, (*at, *chunk_of_tile(CLASS_SUMS, tile)))
+        yield from (_key(name, at) for name in ("undecided", "error_bound"))
         if fault.kind == "zero gradient":  # the norms may be what is wrong
-            yield from (_key("correct", (*lead, chunk)) for chunk in (i, j))
+            yield from (_key("correct", (*at, chunk)) for chunk in (i, j))
     elif fault.array == "distance":
-        yield from _transposes(fault.chunk)
+        i, j = map(int, fault.chunk.split("/")[-2:])
+        yield from (_key("distance", tile) for tile in ((i, j), (j, i)))
     elif fault.array in PER_EXAMPLE:
         yield from (fault.chunk, fault.chunk.replace(fault.array, "correct", 1))
-    elif fault.array in VARIABLES:  # what a checkpoint has one of
-        yield from (fault.chunk, _key("undecided", lead))
-    elif fault.kind == "weights":
-        yield _key("undecided", lead)
-
-
-def _transposes(key: str) -> tuple[str, str]:
-    *rest, i, j = key.split("/")
-    return key, "/".join((*rest, j, i))
-
-
-def _lead_of(fault: Fault) -> tuple[object, ...]:
-    assert fault.place is not None
-    return (fault.place.learning_rate, fault.place.seed, fault.place.iteration)
+    elif fault.array in OF_CHECKPOINT:
+        yield from (fault.chunk, _key("undecided", at))
+    elif fault.kind == "weights" or fault.array == WHOLE_MATRIX_CHECK:
+        yield _key("undecided", at)
 
 
 def _key(name: str, place: Iterable[object]) -> str:

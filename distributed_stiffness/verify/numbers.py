@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from distributed_stiffness.engine.whole_matrix import allowed_difference
 from distributed_stiffness.verify.faults import Kind
 
 LIMITS: Mapping[str, tuple[float, float]] = {
@@ -31,6 +33,8 @@ LIMITS_OF_ANY_LOSS = {
 }
 # A unit row times itself, in float32 or coarser: 2e-7 was seen, and the error bound is added.
 DIAGONAL = 1e-5
+# A bound that was measured on wrong cosines is no excuse for them.
+LARGEST_BOUND = 0.05
 # Of an error bound: a count of pairs below it is taken for right if it is so within this.
 _ROUNDING = 1e-6
 
@@ -65,6 +69,11 @@ def wrong_numbers(
             f" {_where(bad, first)}"
         )
     return None
+
+
+def tolerance(bound: float) -> float:
+    """Return how far beyond 1 a cosine may be under an error bound; NaN: not known."""
+    return DIAGONAL if np.isnan(bound) else max(DIAGONAL, min(bound, LARGEST_BOUND))
 
 
 def wrong_tile(
@@ -160,6 +169,36 @@ def impossible_correct(loss: np.ndarray, correct: np.ndarray, n_classes: int) ->
         return "inconsistent", (
             f"{int(bad.sum())} of {bad.size} have a loss that an example classified"
             f" {'correctly' if correct[bad][0] else 'wrongly'} cannot have"
+        )
+    return None
+
+
+def wrong_whole_matrix_check(
+    said: Any, place: Mapping[str, float], *, bound: float, n_classes: int
+) -> Wrong | None:
+    """Look at the attribute `whole_matrix_check` of a finished store.
+
+    Args:
+        said: its value; None: it is not there.
+        place: of the checkpoint that is checked as a whole.
+        bound: its error bound; NaN: not known.
+        n_classes: of the data.
+    """
+    if said is None:
+        return "missing", "is not there in a finished store"
+    try:
+        at = {name: said[name] for name in place}
+        difference, classes = float(said["largest_difference"]), int(said["classes"])
+    except (KeyError, TypeError, ValueError):
+        return "inconsistent", f"is {said!r:.80}: expected a checkpoint and what was compared there"
+    if at != place:
+        return "inconsistent", f"is of {at}: expected the last checkpoint, {place}"
+    if not 1 <= classes <= n_classes:
+        return "inconsistent", f"compares {classes} classes of {n_classes}"
+    if not 0 <= difference <= (math.inf if np.isnan(bound) else allowed_difference(bound)):
+        return "inconsistent", (
+            f"two means differ by {difference:.2g}, which the error bound, {bound:.2g}, does not"
+            " allow"
         )
     return None
 

@@ -19,14 +19,17 @@ from torch import Tensor
 
 from distributed_stiffness.checkpoints import Weights
 from distributed_stiffness.data.selection import StudyData
+from distributed_stiffness.engine.sums import bin_edges
 from distributed_stiffness.factories import import_loss
 from distributed_stiffness.gradients.batches import Nest, call, from_numpy, prepare, take
 from distributed_stiffness.gradients.loss_head import logits_of
 from distributed_stiffness.gradients.per_example import parameters_in_play
 from distributed_stiffness.gradients.reference import Reference
+from distributed_stiffness.store import coordinate_values
 from distributed_stiffness.study import Study
 from distributed_stiffness.tiling import Tile, Tiling
 from distributed_stiffness.training import build_model
+from distributed_stiffness.verify.numbers import LARGEST_BOUND
 
 MEMORY = 2**30  # bytes that float64 gradients may take
 # In float32 a ReLU within rounding of 0 is open or shut by chance, and moves all cosines of an
@@ -34,7 +37,7 @@ MEMORY = 2**30  # bytes that float64 gradients may take
 # more. So single pairs say little: of a tile's pairs, a quarter may lie beyond the error bound
 # (the third smallest of nine differences decides), and one far beyond it is a fault by itself. A
 # tile of other weights has nearly all of its pairs beyond.
-SMALLEST_BOUND, LARGEST_BOUND = 1e-5, 0.05
+SMALLEST_BOUND = 1e-5
 SINGLE = 0.05
 DISTANCE = 1e-5  # of float32 sums
 # Norms and losses, relative: of a chunk's examples most, and any single one.
@@ -55,10 +58,9 @@ def draw(tiling: Tiling, sample: int, seed: Sequence[int]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Truth:
-    """Numbers of the sampled examples at one checkpoint, in float64."""
+class Numbers:
+    """What each sampled example has one of at a checkpoint, in float64."""
 
-    cosines: np.ndarray  # (n, n)
     norms: np.ndarray  # (n,)
     losses: np.ndarray  # (n,)
     outputs: np.ndarray  # (n,), the largest |output| of each
@@ -72,38 +74,60 @@ class Source:
     study: Study
     data: StudyData
 
-    def truth(
-        self, weights: Weights, seed: int, examples: np.ndarray, advance: Callable[[], None]
-    ) -> Truth:
-        """Compute the numbers of a checkpoint again.
+    def coordinates(self) -> dict[str, np.ndarray]:
+        """Return what every coordinate of the store should hold, by name."""
+        edges = None
+        if self.study.keep == "sums":
+            edges = bin_edges(self.data, self.study.distance_bins)
+        return coordinate_values(self.study, self.data, edges)
+
+    def reference(self, weights: Weights, seed: int) -> Reference:
+        """Return what computes one-example float64 gradients.
 
         Args:
             weights: of the checkpoint.
             seed: of its training run.
-            examples: positions in the store, (n,), ascending.
-            advance: called after each example.
         """
         model = build_model(self.study, self.data, seed)
         model.load_state_dict(dict(weights.tensors))
         names = list(parameters_in_play(model, self.study.gradients.parameters))
-        reference = Reference(model.eval(), import_loss(self.study.loss), names)
-        inputs, targets = self._examples(examples)
-        numbers = []
-        for i in range(len(examples)):
-            numbers.append(_one(reference, inputs, targets, i))
-            advance()
-        norms, losses, outputs, lead = np.array(numbers).T
-        cosines = reference.cosines(inputs, targets, memory=MEMORY)
-        return Truth(cosines.numpy(), norms, losses, outputs, lead)
+        return Reference(model.eval(), import_loss(self.study.loss), names)
 
-    def distances(self, examples: np.ndarray) -> np.ndarray:
-        """Cosine distances of the inputs, (n, n) float64; 1 from an input that is 0."""
+    def numbers(
+        self, reference: Reference, examples: np.ndarray, advance: Callable[[], None]
+    ) -> Numbers:
+        """Compute again what each example has one of.
+
+        Args:
+            reference: of the checkpoint.
+            examples: positions in the store, (n,), ascending.
+            advance: called after each example.
+        """
+        inputs, targets = self.examples(examples)
+        found = []
+        for i in range(len(examples)):
+            found.append(_one(reference, inputs, targets, i))
+            advance()
+        return Numbers(*np.array(found).T)
+
+    def cosines(self, reference: Reference, examples: np.ndarray) -> np.ndarray:
+        """Return the cosines of all pairs, (n, n) float64."""
+        return reference.cosines(*self.examples(examples), memory=MEMORY).numpy()
+
+    def distances(self, examples: np.ndarray, others: np.ndarray | None = None) -> np.ndarray:
+        """Cosine distances of inputs, (n, m) float64; 1 from an input that is 0."""
+        X = self._unit_features(examples)
+        Y = X if others is None else self._unit_features(others)
+        return 1 - np.asarray(X @ Y.T)
+
+    def _unit_features(self, examples: np.ndarray) -> np.ndarray:
         X = self.data.features(examples).astype(np.float64)
         length = np.linalg.norm(X, axis=1, keepdims=True)
         X /= np.where(length > 0, length, 1.0)
-        return 1 - np.asarray(X @ X.T)
+        return X
 
-    def _examples(self, examples: np.ndarray) -> tuple[Nest, Tensor]:
+    def examples(self, examples: np.ndarray) -> tuple[Nest, Tensor]:
+        """Return inputs as the network sees them, and labels."""
         labels = np.array(self.data.examples.labels[examples])
         return from_numpy(self.data.inputs(examples)), torch.from_numpy(labels)
 
@@ -125,6 +149,11 @@ def _one(
     return norm, float(loss), float(outputs.abs().max()), float(lead)
 
 
+def allowed_error(bound: float) -> float:
+    """Return what most cosines may be off under an error bound; NaN: not known."""
+    return min(max(0.0 if np.isnan(bound) else bound, SMALLEST_BOUND), LARGEST_BOUND)
+
+
 def wrong_pairs(stored: np.ndarray, true: np.ndarray, bound: float) -> str | None:
     """Compare the sampled cosines of one tile.
 
@@ -138,9 +167,7 @@ def wrong_pairs(stored: np.ndarray, true: np.ndarray, bound: float) -> str | Non
     difference = np.sort(np.abs(stored - true))
     typical, largest = difference[len(difference) // 4], difference[-1]
     bound = 0.0 if np.isnan(bound) else bound
-    # A bound that was measured on wrong cosines is no excuse for them.
-    allowed = min(max(bound, SMALLEST_BOUND), LARGEST_BOUND)
-    if typical <= allowed and largest <= max(bound, SINGLE):
+    if typical <= allowed_error(bound) and largest <= max(bound, SINGLE):
         return None
     return (
         f"{len(stored)} pairs computed again in float64 differ by {np.median(difference):.1e}"

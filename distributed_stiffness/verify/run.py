@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import fsspec
 import pydantic
@@ -18,6 +19,8 @@ from distributed_stiffness.study import Study, training_identity
 from distributed_stiffness.training import build_model
 from distributed_stiffness.verify.faults import Fault, Verification
 from distributed_stiffness.verify.look import Look
+from distributed_stiffness.verify.look_at_pairs import LookAtPairs
+from distributed_stiffness.verify.look_at_sums import LookAtSums
 from distributed_stiffness.verify.mend import take_out
 from distributed_stiffness.verify.recompute import Source
 
@@ -91,7 +94,8 @@ class _Opened:
     def look(self, sample: int, seed: int) -> Verification:
         """Look it over."""
         try:
-            look = Look(
+            kind: type[Look[Any]] = LookAtPairs if self.store.keeps == "pairs" else LookAtSums
+            look = kind(
                 self.store,
                 self.study,
                 self.source,
@@ -114,6 +118,8 @@ class _Opened:
             checked=dict(found.checked),
             faults=tuple(found.faults),
             notes=(*notes, *found.notes),
+            bounds=tuple(found.bounds.values()),
+            n_examples=look.tiling.n_examples,
         )
 
     def mend(self, faults: tuple[Fault, ...]) -> None:
@@ -163,12 +169,6 @@ def _open(url: str) -> Store:
         store = Store(url)
         if "laid_out" not in store.attrs:
             raise StoreError(f"{url} was never laid out whole: the run that began it does that")
-        if store.keeps != "pairs":
-            raise StoreError(
-                f"{url} keeps sums, not pairs: they cannot be looked over one by one. Any reader is"
-                " told of flipped bytes (crc32c), and the attribute whole_matrix_check says how all"
-                " pairs of a checkpoint compared with sums that need none"
-            )
         lacking = _ATTRIBUTES - store.attrs.keys()
         if lacking:
             raise StoreError(f"{url} lacks the attributes {', '.join(sorted(lacking))}")

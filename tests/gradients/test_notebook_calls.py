@@ -90,6 +90,7 @@ def assert_right(model: nn.Module, x: Tensor, y: Tensor) -> None:
 
 
 class TestLosses:
+    @pytest.mark.filterwarnings("ignore:a WholeLoss")
     @pytest.mark.parametrize("precision", ["float32", "float64"])
     def test_a_whole_loss_equals_the_loss(self, precision):
         """A loss that runs the network itself gives the numbers of the same loss of its outputs."""
@@ -101,6 +102,7 @@ class TestLosses:
             expected = call(model, class_loss, examples, precision=precision)
             np.testing.assert_allclose(found.values, expected.values, atol=FLOAT32)
 
+    @pytest.mark.filterwarnings("ignore:a WholeLoss")
     def test_a_whole_loss_may_call_the_network_twice(self):
         """Two views of an example, as in contrastive learning: both uses of a weight add up."""
         model, (x, _) = network(), data()

@@ -339,6 +339,7 @@ CASES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:a WholeLoss")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_network_that_people_use(case):
     """Every parameter has a rule, and every cosine is that of autograd, whatever the form."""
@@ -401,6 +402,7 @@ class TestBeyondTheRules:
         assert abs(exact.values - expected.numpy()).max() <= FLOAT64
 
 
+@pytest.mark.filterwarnings("ignore:a WholeLoss")
 def test_a_loss_of_the_whole_batch_is_refused():
     """A network's own loss is a mean over the batch, and no example's."""
 
@@ -412,6 +414,7 @@ def test_a_loss_of_the_whole_batch_is_refused():
         cosine_matrix(gpt2(), WholeLoss(mean_loss), masked_texts(30, 9))
 
 
+@pytest.mark.filterwarnings("ignore:a WholeLoss")
 def test_inputs_alone():
     """A whole loss needs no targets: the batch is then the inputs."""
 
