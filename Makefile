@@ -1,4 +1,4 @@
-.PHONY: check test bench
+.PHONY: check test docs bench wheel
 
 check:  ## style and types
 	pip install -q "ruff>=0.9" "mypy>=1.13"
@@ -8,6 +8,14 @@ check:  ## style and types
 
 test:
 	pytest
+
+docs:  ## the site, in site/; every warning is an error, dead links and anchors among them
+	pip install -q -e ".[docs]"
+	mkdocs build --strict
+
+wheel:  ## sdist and from it the wheel, in dist/; tests/docs/test_wheel.py looks into one
+	pip install -q build
+	python -m build
 
 bench:  ## the numbers of docs/BENCHMARKS.md, on this machine
 	pip install -q -e ".[bench]"
