@@ -56,7 +56,7 @@ class TestSummary:
 
         cosines = {key: n for key, n in reads.items() if key.startswith("cosine/c/")}
         # 16 training examples, then 24 of validation, in tiles of 12: four a side, without the two
-        # that hold pairs of validation with training alone (their mirrors do); two rates, two stages.
+        # of validation with training alone (their mirrors do); two rates, two stages.
         assert len(cosines) == (4 * 4 - 2) * 2 * 2
         assert set(cosines.values()) == {1}
 
