@@ -27,8 +27,8 @@ from torch.overrides import TorchFunctionMode
 # example's arguments in that call: twice the farthest that float32 was seen to put on the wrong
 # side (3.4e-7, ResNet-20). Near ones cost a forward pass in float64, of 2 to 12 % of the examples.
 NEAR = 7e-7
-# So many units of an example may be exactly at a kink by chance, as where a sum cancels; more are so
-# by construction, in every precision: a region that is black, a channel that is dead.
+# So many units of an example may be exactly at a kink by chance, as where a sum cancels; more are
+# so by construction, in every precision: a region that is black, a channel that is dead.
 FEW = 8
 _NUMBERS_IN_CACHE = 2**18
 
