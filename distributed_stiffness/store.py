@@ -240,7 +240,15 @@ class Store:
             )
         # "pairs", or "sums": what is there of each tile.
         self.keeps = str(self.group.attrs.get("keep", "pairs"))
-        self._arrays = self._opened()
+        try:
+            self._arrays = self._opened()
+        except KeyError as error:
+            if "laid_out" in self.group.attrs:
+                raise
+            raise StoreError(
+                f"{self.url} was never laid out whole: the run that began it does that, when it is"
+                " started again"
+            ) from error
         self.retries = 0  # requests that were made again
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 from distributed_stiffness.analysis.pairs import CLASS_SUMS, DISTANCE_SUMS
@@ -52,7 +53,7 @@ def chunks_of(fault: Fault) -> Iterator[str]:
 
     Of a tile both transposes; of a checkpoint with a bad tile the error bound too, which was
     measured on it; `correct` with what lies beside it, for its absence brings all three. Of sums
-    the chunk that is wrong, and those whose absence brings all of the tile.
+    all that is kept of the tile and its transpose.
     """
     at = lead(fault.place)
     if fault.array == "cosine" or fault.array in _SUMS:
@@ -61,9 +62,8 @@ def chunks_of(fault: Fault) -> Iterator[str]:
             yield from (_key("cosine", (*at, *tile)) for tile in ((i, j), (j, i)))
         else:
             i, j = tile_of_chunk(fault.array, fault.chunk)
-            yield fault.chunk
-            for tile in ((i, j), (j, i)):
-                yield _key(CLASS_SUMS, (*at, *chunk_of_tile(CLASS_SUMS, tile)))
+            for name, tile in itertools.product(_SUMS, ((i, j), (j, i))):
+                yield _key(name, (*at, *chunk_of_tile(name, tile)))
         yield from (_key(name, at) for name in ("undecided", "error_bound"))
         if fault.kind == "zero gradient":  # the norms may be what is wrong
             yield from (_key("correct", (*at, chunk)) for chunk in (i, j))
