@@ -51,6 +51,7 @@ class Summary:
     curves: xr.Dataset  # of `checkpoint_curves`
     sizes: Mapping[Hashable, int]  # of the store
     attrs: Mapping[Hashable, Any]  # of the store
+    data_directory: str | None = None  # where pictures are looked for; None: the default
 
 
 def summary(

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from distributed_stiffness.cli.ending import interruptible
-from distributed_stiffness.cli.options import AsJson, StorePath, choice
+from distributed_stiffness.cli.options import AsJson, DataDir, StorePath, choice
 from distributed_stiffness.cli.parsing import split
 from distributed_stiffness.cli.work import beside, say, say_json
 from distributed_stiffness.errors import StudyError
@@ -23,6 +23,7 @@ def report(
     folder: Annotated[
         Path | None, typer.Option(help="Where figures and report go; default: beside the store.")
     ] = None,
+    data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
     """Draw the figures of a store and write its report.
@@ -32,7 +33,7 @@ def report(
     from distributed_stiffness.report.present import presented
 
     with interruptible(), Progress() as progress:
-        shown = presented(store, folder or beside(store), progress)
+        shown = presented(store, folder or beside(store), progress, data_directory=data_dir)
     if as_json:
         say_json(shown.to_json())
     else:
@@ -90,6 +91,7 @@ def plot(
         str | None,
         typer.Option(help="Of permuted: the other store, such as one with permuted labels."),
     ] = None,
+    data_dir: DataDir = None,
     list_views: Annotated[
         bool, typer.Option("--list", help="List the views, a sentence each, and stop.")
     ] = False,
@@ -123,6 +125,7 @@ def plot(
             at=at,
             distance=distance,
             against=against,
+            data_directory=data_dir,
             progress=progress,
         )
     if as_json:

@@ -98,7 +98,7 @@ def compute_or_plan(
             if as_json:
                 say_json({"store": store, "rows": chosen.rows})
             return
-        shown = presented(store, folder, progress)
+        shown = presented(store, folder, progress, data_directory=chosen.data_directory)
     if as_json:
         say_json(shown.to_json())
     else:

@@ -12,16 +12,19 @@ from distributed_stiffness import data
 from distributed_stiffness.errors import DataError
 
 
-def pictures_of(attrs: Mapping[Hashable, Any], examples: xr.Dataset) -> np.ndarray | None:
+def pictures_of(
+    attrs: Mapping[Hashable, Any], examples: xr.Dataset, *, directory: str | None = None
+) -> np.ndarray | None:
     """Return the images of examples, or None where they cannot be had without asking anyone.
 
     A store holds the positions of its examples in their data set, not their inputs. Those of a data
-    set with a name (`data.NAMES`) are read from the folder of the data sets ($STIFFNESS_DATA_DIR,
-    or the default); nothing is downloaded, and no function of a study's is called.
+    set with a name (`data.NAMES`) are read from `directory` (None: $STIFFNESS_DATA_DIR, or the
+    default); nothing is downloaded, and no function of a study's is called.
 
     Args:
         attrs: of the store.
         examples: with the coordinates index, label and split along `example`.
+        directory: of data sets.
 
     Returns:
         (E, height, width) or (E, height, width, 3), as stored.
@@ -31,7 +34,9 @@ def pictures_of(attrs: Mapping[Hashable, Any], examples: xr.Dataset) -> np.ndarr
         return None
     unverified = attrs.get("dataset_verified") is False
     try:
-        labelled = data.load(name, download=False, accept_unverified=unverified)
+        labelled = data.load(
+            name, directory=directory, download=False, accept_unverified=unverified
+        )
     except DataError:
         return None
     of_split = {"train": labelled.train, "validation": labelled.validation}

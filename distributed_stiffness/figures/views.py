@@ -198,7 +198,8 @@ VIEWS: Mapping[str, View] = {
             " and that mean. Below 0, a step on the example raises the others' loss on average."
             " Without the data set at hand there are no pictures.",
             draw=lambda numbers: teaching_examples(
-                numbers.teaching, partial(pictures_of, numbers.attrs)
+                numbers.teaching,
+                partial(pictures_of, numbers.attrs, directory=numbers.data_directory),
             ),
             needs="teaching",
             section=EXAMPLES,

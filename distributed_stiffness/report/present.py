@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +50,34 @@ class Presented:
         }
 
 
-def present(store: str, folder: str | Path, progress: Progress | None = None) -> list[str]:
+def present(
+    store: str,
+    folder: str | Path,
+    progress: Progress | None = None,
+    *,
+    data_directory: str | None = None,
+) -> list[str]:
     """Draw the figures of a store, write its report and return what it shows, in lines.
 
     Arguments and errors as of `presented`.
     """
-    return presented(store, folder, progress).lines()
+    return presented(store, folder, progress, data_directory=data_directory).lines()
 
 
-def presented(store: str, folder: str | Path, progress: Progress | None = None) -> Presented:
+def presented(
+    store: str,
+    folder: str | Path,
+    progress: Progress | None = None,
+    *,
+    data_directory: str | None = None,
+) -> Presented:
     """Draw the figures of a store, write its report and return what it shows.
 
     Args:
         store: path or URL.
         folder: where report.html and the figures go; made if need be.
         progress: shows how far it is.
+        data_directory: where the pictures of examples are looked for; None: the default.
 
     Raises:
         StoreError: there is no store there.
@@ -72,7 +85,7 @@ def presented(store: str, folder: str | Path, progress: Progress | None = None) 
     """
     ds = _open(store)
     folder = Path(folder)
-    numbers = summary(ds, progress=progress)
+    numbers = replace(summary(ds, progress=progress), data_directory=data_directory)
     figures = draw_all(numbers, folder, progress)
     page = write_report(numbers, figures, folder / "report.html", store=store)
     return Presented(store, tuple(findings(numbers)), page, figures)
@@ -86,6 +99,7 @@ def plot(
     at: Mapping[str, Sequence[float]] | None = None,
     distance: str = "distance",
     against: str | None = None,
+    data_directory: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Draw one view of a store.
@@ -97,6 +111,7 @@ def plot(
         at: learning rates, seeds or iterations that are looked at, by dimension; others: all.
         distance: a variable of the store, for the views of distances.
         against: path or URL of a store of the same examples, for the view of two studies.
+        data_directory: where the pictures of examples are looked for; None: the default.
         progress: shows how far it is.
 
     Returns:
@@ -125,6 +140,7 @@ def plot(
     if not VIEWS[view].is_of(numbers):
         there = ", ".join(name for name, v in VIEWS.items() if v.is_of(numbers))
         raise DataError(f"{store} has no numbers for {view!r}; it has for {there}")
+    numbers = replace(numbers, data_directory=data_directory)
     return save(VIEWS[view].draw(numbers), path)
 
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from distributed_stiffness import data
 from distributed_stiffness.analysis import neighbours, reduced, spectrum, summary, teaching
+from distributed_stiffness.errors import DataError
 from distributed_stiffness.figures import (
     VIEWS,
     neighbour_curves,
@@ -164,6 +165,19 @@ class TestPictures:
         monkeypatch.setenv("STIFFNESS_DATA_DIR", str(tmp_path))
 
         assert pictures_of({"dataset": "mnist"}, self.examples([0], np.array([7]))) is None
+
+    def test_the_folder_that_is_given(self, monkeypatch: pytest.MonkeyPatch):
+        """As of a job's --data-dir, is where the data are looked for."""
+        looked_in = []
+
+        def load(name: str, *, directory: str | None, **_: object):
+            looked_in.append(directory)
+            raise DataError(f"no {name}")
+
+        monkeypatch.setattr(data, "load", load)
+        pictures_of({"dataset": "mnist"}, self.examples([0], np.array([7])), directory="here")
+
+        assert looked_in == ["here"]
 
 
 def test_views(study: xr.Dataset, tmp_path):
