@@ -169,8 +169,8 @@ class PerExampleGradients:
         """Return rows over the parameters of each recipe, from one pass; see `rows`."""
         targets = self._on_device(targets)
         with full_float32():
-            with self._watching(count_examples(inputs)) as kinks:
-                found = self._by_recipe(self._prepared(inputs), targets)
+            kinks = Kinks(count_examples(inputs)) if self._is_rounded else None
+            found = self._by_recipe(self._prepared(inputs), targets, kinks)
             rooms: Sequence[Rows | None] = into or [None] * len(recipes)
             made = [self._rows(found, *both) for both in zip(recipes, rooms, strict=True)]
             if kinks is not None:
@@ -178,10 +178,10 @@ class PerExampleGradients:
                 self._mend(made, inputs, targets, recipes, kinks)
             return made
 
-    def _watching(self, n: int) -> contextlib.AbstractContextManager[Kinks | None]:
-        """Note which examples float32 may put on the wrong side of a kink."""
-        is_rounded = self.precision.network != torch.float64
-        return Kinks(n) if is_rounded else contextlib.nullcontext()
+    @property
+    def _is_rounded(self) -> bool:
+        """Whether a pass may put examples on the wrong side of a kink."""
+        return self.precision.network != torch.float64
 
     def _mend(
         self,
@@ -302,14 +302,17 @@ class PerExampleGradients:
             head = loss_head(self.loss, outputs, targets)
         return Pass(inputs, targets, n, capture, head, head.chosen(outputs))
 
-    def _by_recipe(self, inputs: Nest, targets: Nest) -> _Found:
+    def _by_recipe(self, inputs: Nest, targets: Nest, kinks: Kinks | None = None) -> _Found:
         """Differentiate, and check that these examples use parameters as the recipe says.
+
+        `kinks` watches the forward pass.
 
         Raises:
             GradientError: they do not, as in a network whose path depends on its inputs.
         """
         recipe = self.recipe
-        done = self._pass(inputs, targets, recipe.copying)
+        with kinks or contextlib.nullcontext():
+            done = self._pass(inputs, targets, recipe.copying)
         used = Counter(name for use in done.capture.uses for name in use.names.values())
         by_function = {*recipe.functional, *recipe.one_by_one}
         for name in {**recipe.uses, **used}:

@@ -28,6 +28,9 @@ class TestDrawAll:
             "superclass_matrices_cosine",
             "stiffness_curves",
             "distance_profile",
+            "neighbours",
+            "spectrum",
+            "teaching_examples",
         }
         for name, path in paths.items():
             assert path == tmp_path / "new" / f"{name}.png"
@@ -41,6 +44,9 @@ class TestDrawAll:
             "class_matrices_sign",
             "class_matrices_cosine",
             "stiffness_curves",
+            "neighbours",
+            "spectrum",
+            "teaching_examples",
         }
 
     def test_style_stays_inside(self, tmp_path: Path):
