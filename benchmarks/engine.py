@@ -55,7 +55,8 @@ from distributed_stiffness.study import Data, Model, Study, Training, training_i
 from distributed_stiffness.tiling import Checkpoint, Task, all_checkpoints, pieces, tasks
 from distributed_stiffness.training import build_model
 
-FIGURE = Path(__file__).parents[1] / "docs" / "images" / "engine_scaling.png"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+FIGURE, SUMS_FIGURE = IMAGES / "engine_scaling.png", IMAGES / "sums_scaling.png"
 MEMORY = 4 * 10**9  # bytes of a replica, wherever not said otherwise
 CPUS = 2  # of the local Ray
 
@@ -65,7 +66,9 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; all where none is given")
     parser.add_argument("--data-dir", default=None, help="folder of data sets")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--figure", action="store_true", help=f"draw {FIGURE.name}")
+    parser.add_argument(
+        "--figure", action="store_true", help=f"draw {FIGURE.name}, {SUMS_FIGURE.name}"
+    )
     options = parser.parse_args()
     unknown = set(options.cases) - set(CASES)
     if unknown:
@@ -721,7 +724,7 @@ def memory(options: argparse.Namespace) -> None:
 def sums(options: argparse.Namespace) -> None:
     """All pairs of up to 60,000 MNIST images, of which sums are kept: time, memory, disk."""
     torch.set_num_threads(CPUS)
-    rows = []
+    rows, drawn = [], []
     for n in (15_000, 30_000, 60_000):
         with tempfile.TemporaryDirectory() as folder:
             study = Study(
@@ -759,6 +762,7 @@ def sums(options: argparse.Namespace) -> None:
             plan, pairs = Plan.from_json(Store(store).attrs["plan"]), n * (n + 1) / 2
             floor = 2 * pairs * (plan.pair_work + 784) / rate
             size = sum(f.stat().st_size for f in store.rglob("*") if f.is_file())
+            drawn.append((pairs, seconds, floor, peak / 2**20))
             rows.append(
                 (
                     f"{n:,}",
@@ -781,6 +785,37 @@ def sums(options: argparse.Namespace) -> None:
         ),
         rows,
     )  # fmt: skip
+    if options.figure:
+        print(f"\nFigure: {draw_sums(drawn)}")
+
+
+def draw_sums(drawn: list[tuple[float, float, float, float]]) -> Path:
+    """Draw seconds and memory against pairs.
+
+    Args:
+        drawn: pairs, seconds, seconds of the products alone, GiB; of each N.
+    """
+    from matplotlib.figure import Figure
+
+    pairs, seconds, floor, memory = zip(*drawn, strict=True)
+    with style():
+        figure = Figure(figsize=(8, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.plot(pairs, seconds, "o-", label="sums of all pairs")
+        left.plot(pairs, [2 * f for f in floor], ":", color="0.4", label="twice the products")
+        left.plot(pairs, floor, "--", color="0.4", label="the products alone")
+        left.set(xlabel="pairs", ylabel="seconds", xlim=(0, None), ylim=(0, None))
+        left.legend()
+        right.plot(pairs, memory, "o-")
+        right.axhline(4, color="0.4", ls=":")
+        right.annotate("asked: at most 4 GiB", (pairs[0], 3.8), va="top")
+        right.set(xlabel="pairs", ylabel="peak memory (GiB)", xlim=(0, None), ylim=(0, 4.4))
+        heading(
+            figure,
+            "Sums in place of pairs",
+            "MNIST, fully connected net, N = 15,000, 30,000 and 60,000; two CPU threads",
+        )
+    return save(figure, SUMS_FIGURE)
 
 
 def product_rate() -> float:
