@@ -29,6 +29,7 @@ import botocore.exceptions
 import fsspec
 import numpy as np
 import psutil
+import pydantic
 import tenacity
 import xarray as xr
 import zarr
@@ -262,6 +263,19 @@ class Store:
         """The group's attributes."""
         attributes: dict[str, Any] = _read_metadata(self.url)["attributes"]
         return attributes
+
+    def study(self) -> Study:
+        """Return the study that the store is of.
+
+        Raises:
+            StoreError: its attribute is damaged, or of another version.
+        """
+        try:
+            return Study.model_validate_json(self.attrs["study"])
+        except (KeyError, pydantic.ValidationError) as error:
+            raise StoreError(
+                f"the attribute `study` of {self.url} is not a study of this version: {error}"
+            ) from error
 
     def contents(self) -> Contents:
         """List what is there."""
@@ -817,6 +831,11 @@ def _lead(checkpoint: Checkpoint | None) -> tuple[int, ...]:
     if checkpoint is None:
         return ()
     return (checkpoint.learning_rate, checkpoint.seed, checkpoint.iteration)
+
+
+def weights_key(run: TrainingRun, iteration: int) -> str:
+    """Return by what name the attribute `weights` keeps the hash of a checkpoint's weights."""
+    return f"{run.learning_rate!r}/{run.seed}/{iteration}"
 
 
 def training_run(study: Study, checkpoint: Checkpoint) -> tuple[TrainingRun, int]:

@@ -179,9 +179,7 @@ def _distance(made: dict[str, Study], name: str, rate: float) -> Iterator[Claim]
 
 def _superclasses(made: dict[str, Study]) -> Iterator[Claim]:
     training = made["cifar100"].training
-    for step in (0, EARLY, 4000, made["cifar100"].iterations[-1]):
-        if step == 0:
-            continue  # before training there is nothing to claim
+    for step in (EARLY, 4000, made["cifar100"].iterations[-1]):
         yield Claim(
             number="5",
             claimed="CIFAR-100's matrix shows its super-classes",

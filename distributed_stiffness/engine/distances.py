@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pydantic
 import torch
 from torch import Tensor, nn
 
@@ -25,8 +24,8 @@ from distributed_stiffness.engine.prepare import Run
 from distributed_stiffness.errors import DataError, ModelError, StoreError, StudyError
 from distributed_stiffness.gradients.batches import call, from_numpy, map_tensors, tensors
 from distributed_stiffness.progress import Progress
-from distributed_stiffness.store import Store, refuse_another_study, training_run
-from distributed_stiffness.study import Study, training_identity
+from distributed_stiffness.store import Store, refuse_another_study, training_run, weights_key
+from distributed_stiffness.study import training_identity
 from distributed_stiffness.tiling import Checkpoint, Tile, Tiling, all_checkpoints, pieces
 from distributed_stiffness.training import build_model
 
@@ -161,7 +160,7 @@ class _Opened:
                 f"{run.store_url} keeps sums by the cosine distance of the inputs, not pairs: other"
                 " distances cannot be added"
             )
-        self.study = _study(self.store)
+        self.study = self.store.study()
         self.data = select(
             self.study.data,
             directory=run.data_directory,
@@ -246,7 +245,7 @@ class _Opened:
     def _model(self, checkpoint: Checkpoint) -> nn.Module:
         run, iteration = training_run(self.study, checkpoint)
         weights = self.folder.load_weights(run, iteration)
-        known = self.store.attrs["weights"].get(f"{run.learning_rate!r}/{run.seed}/{iteration}")
+        known = self.store.attrs["weights"].get(weights_key(run, iteration))
         if known not in (None, weights.sha256):
             raise StoreError(
                 f"{self.store.url} belongs to other weights than those of {run}, iteration"
@@ -328,12 +327,3 @@ def _checked(
         raise DataError(f"{name} of (i, j) is not that of (j, i): expected a symmetric distance")
     upper = np.triu(values, 1)
     return np.asarray(upper + upper.T, dtype=np.float32)
-
-
-def _study(store: Store) -> Study:
-    try:
-        return Study.model_validate_json(store.attrs["study"])
-    except (KeyError, pydantic.ValidationError) as error:
-        raise StoreError(
-            f"the attribute `study` of {store.url} is not a study of this version: {error}"
-        ) from error

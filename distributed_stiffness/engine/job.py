@@ -25,7 +25,7 @@ from distributed_stiffness.engine.whole_matrix import ClassMeans, is_checked_who
 from distributed_stiffness.errors import GradientError, StiffnessError, StoreError
 from distributed_stiffness.plan import Plan, in_words
 from distributed_stiffness.progress import Progress
-from distributed_stiffness.store import WHOLE_MATRIX_CHECK, Store, now, training_run
+from distributed_stiffness.store import WHOLE_MATRIX_CHECK, Store, now, training_run, weights_key
 from distributed_stiffness.study import Study, training_identity
 from distributed_stiffness.tiling import Checkpoint, Task, all_checkpoints, tasks
 from distributed_stiffness.training import TrainingEvent
@@ -354,7 +354,7 @@ class Job:
         Raises:
             StoreError: the store's numbers are of others.
         """
-        was = self._weights.setdefault(f"{run.learning_rate!r}/{run.seed}/{iteration}", sha256)
+        was = self._weights.setdefault(weights_key(run, iteration), sha256)
         if was != sha256:
             raise StoreError(
                 f"{self.store.url} belongs to other weights: those of {run}, iteration"

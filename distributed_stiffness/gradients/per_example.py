@@ -99,11 +99,7 @@ class PerExampleGradients:
         on_cpu = self.device.type == "cpu" and self.precision.network == torch.float32
         if on_cpu and _has_convolutions(model):
             self.model, self._image_format = _channels_last(model, sample[0])
-        self.parameters = parameters_in_play(self.model, parameters)
-        self._constants = [
-            p for name, p in self.model.named_parameters() if name not in self.parameters
-        ]
-        self._network = _network(self.model, self.loss)
+        self._bind(in_play)
         self._writes_inputs = False
         self.recipe = self._read_recipe(*sample)
         if factored is not None:
@@ -215,14 +211,15 @@ class PerExampleGradients:
         exact.model = _in_dtype(self.model, torch.float64)
         exact._image_format = torch.contiguous_format
         exact.precision = replace(self.precision, network=torch.float64)
-        exact.parameters = {
-            name: p for name, p in exact.model.named_parameters() if name in self.parameters
-        }
-        exact._constants = [
-            p for name, p in exact.model.named_parameters() if name not in self.parameters
-        ]
-        exact._network = _network(exact.model, self.loss)
+        exact._bind(self.parameters)
         return exact
+
+    def _bind(self, in_play: Collection[str]) -> None:
+        """Take the parameters of the model, of which those of these names are in play."""
+        named: dict[str, Tensor] = dict(self.model.named_parameters())
+        self.parameters = {name: p for name, p in named.items() if name in in_play}
+        self._constants = [p for name, p in named.items() if name not in in_play]
+        self._network = _network(self.model, self.loss)
 
     def _rows(self, found: _Found, recipe: Recipe, into: Rows | None) -> Rows:
         room = None if into is None else into.dense_NP

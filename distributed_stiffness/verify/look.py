@@ -22,7 +22,7 @@ from distributed_stiffness.errors import StoreError
 from distributed_stiffness.gradients.reference import Reference
 from distributed_stiffness.plan import Plan
 from distributed_stiffness.progress import Progress
-from distributed_stiffness.store import WHOLE_MATRIX_CHECK, Store, training_run
+from distributed_stiffness.store import WHOLE_MATRIX_CHECK, Store, training_run, weights_key
 from distributed_stiffness.study import Study
 from distributed_stiffness.tiling import Checkpoint, all_checkpoints
 from distributed_stiffness.verify.faults import Fault, Kind
@@ -306,7 +306,7 @@ class Look(ABC, Generic[_Read]):
         except StoreError as error:
             self._bad_weights(str(error), checkpoint, run, iteration)
             return None
-        known = self._hashes.get(f"{run.learning_rate!r}/{run.seed}/{iteration}")
+        known = self._hashes.get(weights_key(run, iteration))
         if known not in (None, weights.sha256):
             self._bad_weights(
                 f"has weights of SHA-256 {weights.sha256[:12]}…; those that the store was made of"

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import fsspec
-import pydantic
 
 from distributed_stiffness.checkpoints import Checkpoints
 from distributed_stiffness.data.selection import select
@@ -15,7 +14,7 @@ from distributed_stiffness.engine.lease import Lease, read_lease
 from distributed_stiffness.errors import StiffnessError, StoreError, StudyError
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.store import STORAGE_ERRORS, Store
-from distributed_stiffness.study import Study, training_identity
+from distributed_stiffness.study import training_identity
 from distributed_stiffness.training import build_model
 from distributed_stiffness.verify.faults import Fault, Verification
 from distributed_stiffness.verify.look import Look
@@ -79,7 +78,7 @@ class _Opened:
     def __init__(self, run: Run, progress: Progress) -> None:
         self.run, self.progress = run, progress
         self.store = _open(run.store_url)
-        self.study = _study(self.store)
+        self.study = self.store.study()
         self.source, self._without = self._find_source()
         self.folder = Checkpoints(run.checkpoint_folder, identity=self._identity())
 
@@ -180,12 +179,3 @@ def _open(url: str) -> Store:
             f" {error!r}. Run the study again with another --store"
         ) from error
     return store
-
-
-def _study(store: Store) -> Study:
-    try:
-        return Study.model_validate_json(store.attrs["study"])
-    except (KeyError, pydantic.ValidationError) as error:
-        raise StoreError(
-            f"the attribute `study` of {store.url} is not a study of this version: {error}"
-        ) from error

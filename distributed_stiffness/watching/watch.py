@@ -44,6 +44,7 @@ from distributed_stiffness.store import (
     now,
     refuse_another_study,
     stored_plan,
+    weights_key,
 )
 from distributed_stiffness.study import (
     NOT_GIVEN,
@@ -316,7 +317,7 @@ class Watch:
         Raises:
             StoreError: the store is of something else.
         """
-        there = Study.model_validate_json(store.attrs["study"])
+        there = store.study()
         refuse_another_study(store.url, self._of(there.iterations), self._data, tile=None)
         checked = {checkpoint.iteration for checkpoint in store.contents().checked}
         self._done = tuple(step for k, step in enumerate(there.iterations) if k in checked)
@@ -421,8 +422,7 @@ class Watch:
         return TrainingRun(training.learning_rates[0], training.seeds[0])
 
     def _place(self, iteration: int) -> str:
-        run = self._training_run
-        return f"{run.learning_rate!r}/{run.seed}/{iteration}"
+        return weights_key(self._training_run, iteration)
 
 
 def sign_stiffness(cosines: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
