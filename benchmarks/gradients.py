@@ -8,8 +8,8 @@ are the table's, all from one run. Ours goes first and last, and counts by the m
 means that a tool misses parameters; it says which, compares what there is with ours over the same
 parameters, and is not ranked. Ours with little memory is given about a fifth of what N×P numbers
 take, and makes gradients several times. The floor is one training pass over the same examples and
-N²·P floating-point operations (half the square) at the speed of a large float32 product; where
-gradients are kept as factors, it is not a lower bound.
+N²·P floating-point operations (half the square) at the speed of torch's float32 product, or of the
+one that we use if that is faster; where gradients are kept as factors, neither is a lower bound.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distributed_stiffness.gradients import gram_matrix
+from distributed_stiffness.gradients.precision import float32_product
 from distributed_stiffness.models import cnn, fully_connected, resnet20
 from distributed_stiffness.plan import in_words
 
@@ -279,7 +280,8 @@ def main() -> None:
         rows.append(row)
         notes += found
     head = ["case", "N", "P", *options.tools, "ours, first and last", "best public / ours"]
-    head += ["floor", "ours / floor", "ours with little memory", "its memory / best public's"]
+    head += ["floor", "ours / floor", "with the fastest product"]
+    head += ["ours with little memory", "its memory / best public's"]
     for cells in (head, ["---"] * len(head), *rows):
         print("| " + " | ".join(cells) + " |")
     print("", *notes, sep="\n")
@@ -299,8 +301,10 @@ def compare(name: str, options: argparse.Namespace) -> tuple[list[str], list[str
         ]
     if "why" in first or "why" in last:
         row = [name, "-", "-", *(in_cell(result) for result in found.values()), "cannot"]
-        return [*row, *"------"], [f"- {name}, ours: {first.get('why') or last['why']}", *notes]
-    about = f"product at {floor['rate'] / 1e9:.0f} GFLOP/s"
+        return [*row, *"-------"], [f"- {name}, ours: {first.get('why') or last['why']}", *notes]
+    about = "product at {rate:.0f} GFLOP/s by torch, at {fastest:.0f} by ours".format(
+        **{key: floor[key] / 1e9 for key in ("rate", "fastest")}
+    )
     return as_row(name, found, (first, last, little), floor), [f"- {name}, ours: {about}", *notes]
 
 
@@ -320,7 +324,10 @@ def as_row(
     little = ours[2]
     seconds = statistics.median(result["seconds"] for result in ours[:2])
     peak = max(result["peak"] for result in ours[:2])
-    above = seconds / (floor["pass"] + floor["product"])
+    above, above_fastest = (
+        seconds / (floor["pass"] + floor["product"] * floor["rate"] / floor[rate])
+        for rate in ("rate", "fastest")
+    )
     ranked = [result for result in found.values() if result.get("missed") == []]
     best = min(ranked, key=lambda result: result["seconds"], default=None)
     against = ["-", "-"]
@@ -339,6 +346,7 @@ def as_row(
         against[0],
         f"{in_seconds(floor['pass'])} + {in_seconds(floor['product'])}",
         f"{above:.2f}" + (f" (asked: {case.above_floor})" if case.above_floor else ""),
+        f"{above_fastest:.2f}",
         in_cell(little),
         against[1],
     ]
@@ -473,18 +481,22 @@ def floor(model: nn.Module, inputs: Tensor, targets: Tensor) -> Result:
         return time.perf_counter() - started
 
     training_pass(FEW)
-    rate = product_rate()
+    rate = product_rate(lambda X, Y: X @ Y.T)
+    fastest = max(rate, product_rate(float32_product))
     n, n_parameters = len(targets), sum(p.numel() for p in model.parameters())
-    return {"pass": training_pass(n), "product": n * n * n_parameters / rate, "rate": rate}
+    product = n * n * n_parameters / rate
+    return {"pass": training_pass(n), "product": product, "rate": rate, "fastest": fastest}
 
 
-def product_rate(rows: int = 2048, depth: int = 4096) -> float:
+def product_rate(
+    product: Callable[[Tensor, Tensor], Tensor], rows: int = 2048, depth: int = 4096
+) -> float:
     """Floating-point operations a second of a float32 product, the best of five."""
-    X, Y = torch.randn(rows, depth), torch.randn(depth, rows)
+    X, Y = torch.randn(rows, depth), torch.randn(rows, depth)
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
-        X @ Y
+        product(X, Y)
         seconds.append(time.perf_counter() - started)
     return 2 * rows * rows * depth / min(seconds)
 

@@ -49,7 +49,7 @@ def rate_in_words(learning_rate: float) -> str:
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_rate)]
 
 # Raised by one whenever the gradient code can give other numbers for the same study.
-GRADIENT_ENGINE_VERSION = 3
+GRADIENT_ENGINE_VERSION = 4
 
 
 class Frozen(BaseModel):
@@ -301,9 +301,17 @@ def build_study(build: Callable[[], Study]) -> Study:
     try:
         return build()
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, e['loc'])) or 'study'}: {e['msg'].removeprefix('Value error, ')}"
-            + ("" if isinstance(e["input"], dict | list) else f" (got {str(e['input'])[:60]!r})")
-            for e in error.errors()
-        ]
+        lines = [_in_words(problem) for problem in error.errors()]
         raise StudyError("these settings do not fit: " + "; ".join(lines)) from error
+
+
+def _in_words(problem: Mapping[str, Any]) -> str:
+    """Say what pydantic found wrong with one field."""
+    where, value = ".".join(map(str, problem["loc"])) or "study", problem["input"]
+    if problem["type"] == "extra_forbidden":
+        section: Any = Study
+        for name in problem["loc"][:-1]:
+            section = section.model_fields[name].annotation
+        return f"{where}: there is no such field; expected {', '.join(section.model_fields)}"
+    got = "" if isinstance(value, dict | list) else f" (got {str(value)[:60]!r})"
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')}{got}"

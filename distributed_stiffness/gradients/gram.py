@@ -309,7 +309,8 @@ def folded_product(X_NP: Tensor, Y_MP: Tensor, precision: Precision = FLOAT32) -
         some = total if sums.start == 0 else torch.zeros_like(total)
         for part in pieces(sums, fold):
             # All blocks of one part of the rows in turn, while it is in the cache.
-            X, Y = X_NP[:, part], Y_MP[:, part]
+            X = precision.operand(X_NP[:, part])
+            Y = X if symmetric else precision.operand(Y_MP[:, part])
             for above, left in blocks:
                 some[above, left] += precision.product(X[above], Y[left])
         if some is not total:

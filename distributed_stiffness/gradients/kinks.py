@@ -14,7 +14,7 @@ which examples any is on another side.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from distributed_stiffness.gradients.nearest import (
+    Nearest,
+    in_memory_order,
+    nearest,
+    nearest_pairs,
+)
+
 # A unit is near a kink if it is no farther than this, measured in the root mean square of its
 # example's arguments in that call: twice the farthest that float32 was seen to put on the wrong
 # side (3.4e-7, ResNet-20). Near ones cost a forward pass in float64, of 2 to 12 % of the examples.
@@ -30,7 +37,6 @@ NEAR = 7e-7
 # So many units of an example may be exactly at a kink by chance, as where a sum cancels; more are
 # so by construction, in every precision: a region that is black, a channel that is dead.
 FEW = 8
-_NUMBERS_IN_CACHE = 2**18
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,8 @@ class Sides:
     """The arguments of a call, seen from its kink."""
 
     x: Tensor  # (N, ...), whose size says what rounding is
-    distance: Tensor  # (N, ...) from the kink
+    nearest: Callable[[], Nearest]  # of all examples
+    distance: Callable[[Tensor], Tensor]  # examples (k,) -> of each of their units, (k, ...)
     of: Callable[[Tensor], Tensor]  # examples (k,) -> the side of each of their units, (k, units)
 
 
@@ -83,7 +90,7 @@ class Kinks(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _look(self, sides: Sides) -> None:
-        is_watched = sides.distance.dim() > 1 and len(sides.distance) == self.n
+        is_watched = sides.x.dim() > 1 and len(sides.x) == self.n
         self.calls.append(near(sides) if is_watched else None)
 
     def examples(self) -> Tensor:
@@ -106,7 +113,7 @@ class KinksAgain(Kinks):
 
     def _look(self, sides: Sides) -> None:
         noted = next(self._noted, None)
-        if noted is not None and len(sides.distance) == self.n:
+        if noted is not None and len(sides.x) == self.n:
             rows = torch.searchsorted(self._examples, noted.examples)
             now = sides.of(rows)[torch.arange(len(rows), device=rows.device), noted.units]
             self._changed.append(noted.examples[now != noted.sides])
@@ -126,26 +133,15 @@ def _all(parts: Sequence[Tensor]) -> Tensor:
 
 def near(sides: Sides) -> Near:
     """Return the units of a call that are within rounding of its kink."""
-    x, distance = _in_memory_order(sides.x), _in_memory_order(sides.distance)
-    limit = NEAR * torch.linalg.vector_norm(x, dim=1) / max(1, x.shape[1]) ** 0.5
-    smallest = torch.cat([some.abs().amin(1) for some in _parts(distance)])
-    rows = (smallest < limit).nonzero().flatten()
-    part = sides.distance[rows].flatten(1).abs()
-    by_chance = (part == 0).sum(1, keepdim=True) <= FEW
-    row, units = ((part < limit[rows, None]) & ((part > 0) | by_chance)).nonzero().unbind(1)
+    found = sides.nearest()
+    norm = torch.linalg.vector_norm(in_memory_order(sides.x), dim=1)
+    limit = NEAR * norm / max(1, sides.x[0].numel()) ** 0.5
+    by_chance = (found.on_it > 0) & (found.on_it <= FEW)
+    rows = ((found.distance < limit) | by_chance).nonzero().flatten()
+    part = sides.distance(rows).flatten(1).abs()
+    is_near = (part < limit[rows, None]) & ((part > 0) | by_chance[rows, None])
+    row, units = is_near.nonzero().unbind(1)
     return Near(rows[row], units, sides.of(rows)[row, units])
-
-
-def _parts(x: Tensor) -> Iterator[Tensor]:
-    """Yield some examples at a time, so that what is made of them stays in the cache."""
-    size = len(x) if x.is_cuda else max(1, _NUMBERS_IN_CACHE * len(x) // max(1, x.numel()))
-    return (x[start : start + size] for start in range(0, len(x), size))
-
-
-def _in_memory_order(units: Tensor) -> Tensor:
-    """Flatten the units of each example, in the order in which they lie: no copy is made."""
-    order = sorted(range(1, units.dim()), key=units.stride, reverse=True)
-    return units.permute(0, *order).flatten(1)
 
 
 # The kinks of torch's functions.
@@ -153,7 +149,12 @@ def _in_memory_order(units: Tensor) -> Tensor:
 
 def _at(kink: float | Tensor, x: Tensor) -> Sides:
     distance = x - kink if isinstance(kink, Tensor) or kink else x
-    return Sides(x, distance, lambda rows: (distance[rows] > 0).long().flatten(1))
+    return Sides(
+        x,
+        lambda: nearest(distance),
+        lambda rows: distance[rows],
+        lambda rows: (distance[rows] > 0).long().flatten(1),
+    )
 
 
 def _at_zero(x: Tensor, *_: Any, **__: Any) -> list[Sides]:
@@ -218,8 +219,15 @@ def _largest(
         found = torch.where(second == -torch.inf, top.abs(), top - second)
         return found.masked_fill_((found == 0) & (top != 0), torch.finfo(x.dtype).tiny)
 
-    distance = torch.cat([gap(some) for some in _parts(x)])
-    return [Sides(x, distance, lambda rows: places(x[rows], *settings)[1].flatten(1))]
+    def all_nearest() -> Nearest:
+        if not x.is_cuda and not any(margins) and spread == (1, 1) and size != (1, 1):
+            return nearest_pairs(x, size, step)
+        return nearest(gap(x))
+
+    def which(rows: Tensor) -> Tensor:
+        return places(x[rows], *settings)[1].flatten(1)
+
+    return [Sides(x, all_nearest, lambda rows: gap(x[rows]), which)]
 
 
 _KINKS: dict[Callable[..., Any], Callable[..., list[Sides]]] = {

@@ -2,7 +2,7 @@
 
 | name | forward and backward | rows | products of rows |
 |---|---|---|---|
-| float32 | float32 | float32 | float32, folded over 8,192 elements |
+| float32 | float32 | float32 | float32, folded over at most 8,192 elements |
 | float64 | float64 | float32 | the same |
 | bf16 | float32 | bfloat16 | bfloat16, summed in float32 |
 | bf16x3 | float32 | float32 | each as two bfloat16, three products, summed in float32; CUDA |
@@ -15,7 +15,8 @@ The loss head is float64 in all (loss_head.py). What each loses is measured for 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ from distributed_stiffness.errors import StudyError
 # Partial sums of so many products are added up one after the other: a quarter of a row, which
 # keeps the most digits, within what a product needs to run at its full rate.
 _SHORTEST_FOLD, _FOLDS, _LONGEST_FOLD = 64, 4, 8192
+# oneDNN adds up to 2,048 products before it looks at memory: half of that keeps MKL's digits.
+_LONGEST_FOLD_ONEDNN = 1024
 # bfloat16 products need longer sums to run at their full rate, and lose nothing to them.
 _FOLD_BF16 = {"cpu": 2**14, "cuda": 2**16}
 
@@ -44,7 +47,13 @@ class Precision:
         """Return over how many elements one product may run."""
         if self.name == "bf16":
             return _FOLD_BF16["cuda" if rows.is_cuda else "cpu"]
-        return min(_LONGEST_FOLD, max(_SHORTEST_FOLD, rows.shape[1] // _FOLDS))
+        longest = _LONGEST_FOLD if _onednn_for(rows) is None else _LONGEST_FOLD_ONEDNN
+        return min(longest, max(_SHORTEST_FOLD, rows.shape[1] // _FOLDS))
+
+    def operand(self, X_NP: Tensor) -> Tensor:
+        """Lay out rows as `product` likes them, once for many products."""
+        by_onednn = self.name in ("float32", "float64") and _onednn_for(X_NP) is not None
+        return X_NP.contiguous() if by_onednn else X_NP
 
     def product(self, X_NP: Tensor, Y_MP: Tensor) -> Tensor:
         """X Yᵀ, (N, M), float32 whatever the operands are."""
@@ -60,7 +69,7 @@ class Precision:
         if self.name == "tf32":
             with _switched(torch.backends.cuda.matmul, "allow_tf32", True):
                 return X_NP @ Y_MP.T
-        return X_NP @ Y_MP.T
+        return float32_product(X_NP, Y_MP)
 
 
 FLOAT32 = Precision("float32", torch.float32, torch.float32)
@@ -94,6 +103,44 @@ def precision_mode(name: str, device: torch.device | str | None = None) -> Preci
             f" take one of {others}"
         )
     return mode
+
+
+def float32_product(X_NP: Tensor, Y_MP: Tensor) -> Tensor:
+    """X Yᵀ of float32 rows, (N, M), by the fastest routine that torch has on this device."""
+    by_onednn = _onednn_for(X_NP)
+    if by_onednn is None or not X_NP.numel() or not Y_MP.numel():
+        return X_NP @ Y_MP.T
+    return by_onednn(X_NP.contiguous(), Y_MP.contiguous())
+
+
+def _onednn_for(rows: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
+    return None if rows.device.type != "cpu" else onednn_product()
+
+
+@functools.cache
+def onednn_product() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return oneDNN's X Yᵀ of contiguous float32 rows where torch's own product is much slower.
+
+    torch multiplies by MKL, which uses half of an AVX-512 unit of a processor that is not Intel's:
+    205 GFLOP/s against 450 on two cores of an AMD Zen 5. torch compiles linear layers to this
+    routine of oneDNN; there is no public name for it. A rule by processor, not by a clock: every
+    replica of a kind of node makes the same bits.
+    """
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    is_rival = "Intel" not in capabilities.get("cpu_name", "Intel")
+    if not (is_rival and capabilities.get("avx512_f")):
+        return None
+
+    def product(X_NP: Tensor, Y_MP: Tensor) -> Tensor:
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(X_NP, Y_MP, None, "none", [], "")
+        return found
+
+    few = torch.arange(6.0).reshape(2, 3)
+    try:
+        is_right = torch.equal(product(few, few), few @ few.T)
+    except Exception:  # built without oneDNN, or another version of torch: whatever it raises
+        return None
+    return product if is_right else None
 
 
 def _two_parts(X: Tensor) -> tuple[Tensor, Tensor]:

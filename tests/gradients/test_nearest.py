@@ -1,0 +1,71 @@
+"""The compiled look for the unit that is nearest to a kink, against torch's own operations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from distributed_stiffness.gradients.nearest import Nearest, nearest, nearest_pairs
+
+SIZES = st.sampled_from([0.0, -0.0, 1.0, -2.5, 1e-30, -1e-45, math.inf, -math.inf])
+
+
+def by_torch(distance: Tensor) -> Nearest:
+    size = distance.abs().flatten(1)
+    smallest = size.masked_fill(size == 0, math.inf).amin(1)
+    return Nearest(smallest, (size == 0).sum(1, dtype=torch.int32))
+
+
+def assert_same(found: Nearest, expected: Nearest) -> None:
+    assert found.distance.tolist() == expected.distance.tolist()
+    assert found.on_it.tolist() == expected.on_it.tolist()
+
+
+@given(st.lists(st.lists(SIZES, min_size=5, max_size=5), min_size=1, max_size=4))
+def test_zeros_are_counted_and_the_rest_compared_by_size(rows: list[list[float]]) -> None:
+    """
+    Of either sign, below the smallest normal number, infinite.
+    """
+    distance = torch.tensor(rows)
+
+    assert_same(nearest(distance), by_torch(distance))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_large_images_in_any_layout(layout: torch.memory_format) -> None:
+    """
+    Several threads look at shares of the examples.
+    """
+    distance = torch.randn(70, 16, 64, 64).contiguous(memory_format=layout)
+
+    assert_same(nearest(distance), by_torch(distance))
+
+
+def test_a_number_that_is_none_is_far() -> None:
+    """
+    A network that has diverged is not looked at again.
+    """
+    assert not bool(nearest(torch.full((1, 3), math.nan)).distance < 1.0)
+
+
+@pytest.mark.parametrize(("size", "step"), [((2, 2), (2, 2)), ((3, 3), (2, 2)), ((1, 3), (1, 1))])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_largest_of_a_window_against_the_second(
+    size: tuple[int, int], step: tuple[int, int], layout: torch.memory_format
+) -> None:
+    """
+    What ReLU has cut off is a tie of every precision; other ties are of this one.
+    """
+    x = F.relu(torch.randn(6, 5, 13, 12).mul(4).round() / 4).contiguous(memory_format=layout)
+    windows = x.unfold(2, size[0], step[0]).unfold(3, size[1], step[1]).flatten(4)
+    top, second = windows.topk(2, dim=4).values.unbind(4)
+    gap = top - second
+    gap[(gap == 0) & (top > 0)] = torch.finfo(torch.float32).tiny
+
+    assert_same(nearest_pairs(x, size, step), by_torch(gap))
