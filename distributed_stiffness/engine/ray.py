@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -429,20 +429,23 @@ def _session(run: Run, data: StudyData, progress: Progress) -> Iterator[None]:
     # Ray is started in a thread of its own. In the main thread it takes SIGTERM over at once, and a
     # signal that came then raised SystemExit wherever it happened to be: once in the midst of
     # logging, whose lock stayed taken for ever. The thread lives as long as the session: Ray's
-    # processes end with the thread that started them.
-    with ThreadPoolExecutor(1) as thread:
+    # processes end with the thread that started them. When it ends Ray leaves SIGTERM to the kernel,
+    # which kills; so handlers are set again after it.
+    with _stop_on_sigterm(), ThreadPoolExecutor(1) as thread:
+        starting = thread.submit(ray.init, **options)
         try:
             try:
-                thread.submit(ray.init, **options).result()
+                starting.result()
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise ClusterError(
                     f"cannot join the Ray cluster at {address!r}: {error}. Give --address, or unset"
                     " RAY_ADDRESS to start a local one"
                 ) from error
             progress.say(f"Ray: {'joined ' + address if address else 'started on this machine'}")
-            with _stop_on_sigterm():
-                yield
+            yield
         finally:
+            # Ray that is shut down while it starts looks for its own head for a minute, and aborts.
+            wait([starting])
             ray.shutdown()
 
 

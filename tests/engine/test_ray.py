@@ -25,18 +25,23 @@ from distributed_stiffness.engine import run_study
 from distributed_stiffness.errors import ClusterError, StoreError
 
 
-def start_driver(store: Path) -> subprocess.Popen[str]:
-    """Run the long study on a Ray of its own, in a process of its own."""
+def start_driver(store: Path, study: str = "long_study()", then: str = "") -> subprocess.Popen[str]:
+    """Run a study on a Ray of its own, in a process of its own, and do something after it."""
     program = textwrap.dedent(
         f"""
         import sys
         sys.path.insert(0, {str(TESTS / "engine")!r})
         from distributed_stiffness.cli import run_app
         from distributed_stiffness.engine import run_study
-        from studies import run_options
+        import os, signal
+        from studies import run_options, tiny_study
         from faults import long_study
-        options = run_options({str(store)!r}, engine="ray", quiet=False)
-        run_app(lambda: run_study(long_study(), options))
+
+        def work():
+            run_study({study}, run_options({str(store)!r}, engine="ray", quiet=False))
+            {then or "pass"}
+
+        run_app(work)
         """
     )
     return subprocess.Popen(
@@ -150,6 +155,19 @@ class TestKills:
         assert "Traceback" not in errors
         run_study(long_study(), run_options(store))
         assert_same_bits(undisturbed, store)
+
+    def test_a_signal_when_ray_has_ended(self, tmp_path: Path) -> None:
+        """
+        Ray leaves SIGTERM to the kernel when it ends; figures are drawn after that.
+        """
+        driver = start_driver(
+            tmp_path / "x.zarr", "tiny_study()", "os.kill(os.getpid(), signal.SIGTERM)"
+        )
+
+        said = driver.communicate(timeout=120)[1]
+
+        assert driver.returncode == 130, said
+        assert "run the same command again to go on" in said
 
 
 @pytest.mark.usefixtures("local_ray")
