@@ -429,8 +429,8 @@ def _session(run: Run, data: StudyData, progress: Progress) -> Iterator[None]:
     # Ray is started in a thread of its own. In the main thread it takes SIGTERM over at once, and a
     # signal that came then raised SystemExit wherever it happened to be: once in the midst of
     # logging, whose lock stayed taken for ever. The thread lives as long as the session: Ray's
-    # processes end with the thread that started them. When it ends Ray leaves SIGTERM to the kernel,
-    # which kills; so handlers are set again after it.
+    # processes end with the thread that started them. When it ends, Ray leaves SIGTERM to the
+    # kernel, which kills; so handlers are set again after it.
     with _stop_on_sigterm(), ThreadPoolExecutor(1) as thread:
         starting = thread.submit(ray.init, **options)
         try:
