@@ -28,7 +28,7 @@ def import_factory(name: str, what: str, error: type[StiffnessError]) -> Callabl
     except (ImportError, AttributeError, ValueError) as cause:  # ValueError: an empty name
         raise error(
             f"{what} {name!r} cannot be imported ({cause}): expected package.module:factory, of a"
-            " module that this Python can import"
+            f" file or package in {here}, installed in this Python, or on PYTHONPATH"
         ) from cause
     if not callable(factory):
         raise error(f"{what} {name!r} is a {type(factory).__name__}: expected a function")

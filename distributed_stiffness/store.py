@@ -41,10 +41,12 @@ from distributed_stiffness.analysis.pairs import (
     CLASS_SUMS,
     DISTANCE_SUMS,
     OTHER_SPLIT,
+    SQUARE_SUMS,
     SUMS_DIMS,
+    WEIGHTED_SUMS,
 )
 from distributed_stiffness.analysis.reduced import (
-    DESCRIPTION,
+    DESCRIPTIONS,
     LONG_NAMES,
     distance_coordinates,
     sums_coordinates,
@@ -144,19 +146,17 @@ _VARIABLES: Mapping[str, _Variable] = {
 
 # Where a study keeps sums, these are in the place of `cosine` and `distance`.
 _SUMS: Mapping[str, _Variable] = {
-    CLASS_SUMS: _Variable(
-        (*_RUN, "other_part", "example", OTHER_SPLIT, *SUMS_DIMS[CLASS_SUMS]),
-        "float64",
-        LONG_NAMES[CLASS_SUMS],
-        f"{DESCRIPTION} By part of the others: add them up. NaN: not computed yet.",
-    ),
-    DISTANCE_SUMS: _Variable(
-        (*_RUN, "other_part", "example", OTHER_SPLIT, *SUMS_DIMS[DISTANCE_SUMS]),
-        "float64",
-        LONG_NAMES[DISTANCE_SUMS],
-        f"{DESCRIPTION} By part of the others: add them up. The outermost bins hold what lies"
-        " beyond them. NaN: not computed yet.",
-    ),
+    **{
+        name: _Variable(
+            (*_RUN, "other_part", "example", OTHER_SPLIT, *dims),
+            "float64",
+            LONG_NAMES[name],
+            f"{DESCRIPTIONS[name]} By part of the others: add them up."
+            + (" The outermost bins hold what lies beyond them." if name == DISTANCE_SUMS else "")
+            + " NaN: not computed yet.",
+        )
+        for name, dims in SUMS_DIMS.items()
+    },
     "near_zero": _Variable(
         (*_RUN, "part", "other_part", "exponent"),
         "int64",
@@ -245,6 +245,12 @@ class Store:
             self._arrays = self._opened()
         except KeyError as error:
             if "laid_out" in self.group.attrs:
+                if self.keeps == "sums" and not {WEIGHTED_SUMS, SQUARE_SUMS} <= set(self.group):
+                    raise StoreError(
+                        f"{self.url} keeps sums as an earlier version did, without {WEIGHTED_SUMS}"
+                        f" and {SQUARE_SUMS}: reductions read it, but nothing can be added to it;"
+                        " give another --store to compute the study anew"
+                    ) from error
                 raise
             raise StoreError(
                 f"{self.url} was never laid out whole: the run that began it does that, when it is"
@@ -342,8 +348,8 @@ class Store:
         (i, j), lead = tile, _lead(checkpoint)
         rows = tiling.examples(i)
         self._put("near_zero", (*lead, i, j), sums.near_zero)
-        self._put(DISTANCE_SUMS, (*lead, j, rows), sums.distance_sums)
-        self._put(CLASS_SUMS, (*lead, j, rows), sums.class_sums)
+        for name in (WEIGHTED_SUMS, SQUARE_SUMS, DISTANCE_SUMS, CLASS_SUMS):
+            self._put(name, (*lead, j, rows), getattr(sums, name))
 
     def write_examples(
         self, checkpoint: Checkpoint, examples: slice, **columns: np.ndarray
@@ -856,6 +862,13 @@ def _array(group: zarr.Group, name: str) -> Any:
 
 def _backend(url: str) -> Any:
     return url if "://" in url else _DurableLocalStore(Path(url).absolute())
+
+
+def chunk_in_memory(values: np.ndarray) -> Any:
+    """Return an array of one chunk in memory, coded as a store's: to see how fast it is read."""
+    return zarr.create_array(
+        zarr.storage.MemoryStore(), data=values, chunks=values.shape, compressors=_COMPRESSORS
+    )
 
 
 def is_there(url: str) -> bool:

@@ -624,6 +624,43 @@ class TestJson:
         assert not (tmp_path / "x.zarr").exists()
 
 
+class TestCost:
+    @pytest.mark.parametrize("keep", ["pairs", "sums"])
+    def test_hours_of_replicas_at_an_assumed_rate(
+        self, keep: str, tmp_path: Path, stiffness: Command
+    ) -> None:
+        """
+        Operations by the rate, with folding and checks beside them: in words and for machines.
+        """
+        study = tmp_path / "study.json"
+        study.write_text(tiny_study(keep=keep).model_dump_json())
+        words = ("plan", str(study), "--memory=200MB", f"--store={tmp_path / 'x.zarr'}")
+
+        said = stiffness(*words, "--device-rate=20e12")
+        found = json.loads(stiffness(*words, "--device-rate=20e12", "--json").stdout)
+
+        assert "at 2e+13 operations a second of a device" in said.stdout
+        assert "GPU hours" in said.stdout
+        assert " for checks" in said.stdout
+        assert ("for folding" in said.stdout) == (keep == "sums")
+        hours, operations = found["device_hours"], found["prediction"]["operations"]
+        assert hours["device"] == pytest.approx(operations / 20e12 / 3600)
+        assert hours["replicas"] == max(hours["device"], hours["fold"]) + hours["checks"]
+
+    def test_a_rate_that_no_device_has(self, tmp_path: Path, stiffness: Command) -> None:
+        """
+        Is refused before anything is measured.
+        """
+        study = tmp_path / "study.json"
+        study.write_text(tiny_study().model_dump_json())
+
+        ended = stiffness("plan", str(study), "--device-rate=0")
+
+        assert ended.returncode == 1
+        assert not ended.stdout
+        assert "expected more than 0, such as --device-rate 20e12" in ended.stderr
+
+
 class TestEnding:
     def test_an_interruption_within_compiled_code(self, capsys: pytest.CaptureFixture[str]) -> None:
         """

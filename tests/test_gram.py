@@ -7,7 +7,6 @@ import csv
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -818,6 +817,32 @@ class TestData:
         assert data.class_names == ("a", "b", "c")
         np.testing.assert_array_equal(data.validation.inputs["input_ids"], inputs["input_ids"][:20])
 
+    def test_images_of_a_hugging_face_data_set(self):
+        """
+        A column of images is read as a folder of the same images is, with its options.
+        """
+        datasets = pytest.importorskip("datasets")
+        from PIL import Image
+
+        pixels = np.random.default_rng(0).integers(0, 255, (4, 6, 5), dtype=np.uint8)
+        images = [Image.fromarray(array) for array in pixels]
+        for k, image in enumerate(images):
+            Path("folder", str(k)).mkdir(parents=True)
+            image.save(f"folder/{k}/a.png")
+        features = datasets.Features(
+            img=datasets.Image(), label=datasets.ClassLabel(names=["0", "1", "2", "3"])
+        )
+        columns = {"img": images, "label": [0, 1, 2, 3]}
+        datasets.Dataset.from_dict(columns, features=features).save_to_disk("saved")
+
+        for options in ({}, {"grey": True, "crop": 4, "mean": [0.5], "std": [0.2]}):
+            found = load("hf:saved", options=options)
+            expected = load("images:folder", options=options)
+            np.testing.assert_array_equal(found.validation.inputs, expected.validation.inputs)
+            np.testing.assert_array_equal(found.validation.labels, expected.validation.labels)
+        with pytest.raises(DataError, match=r"column 'label' of .* holds numbers.*leave resize"):
+            load("hf:saved", options={"inputs": "label", "grey": True})
+
     def test_fewer_examples_than_classes(self):
         """
         A sample of a data set of many classes need not hold each of them.
@@ -897,35 +922,6 @@ class TestData:
         data = Data(name=DATA, standardise=False, unit_norm=False)
         with pytest.raises(StudyError, match=r"no training split to train on.*stiffness gram"):
             run_study(Study(data=data, model=Model(name=NETS)), run_options("out.zarr"))
-
-
-class TestManual:
-    @pytest.mark.slow
-    def test_the_walk_runs_as_it_stands(self):
-        """
-        Every Python block of the page is a file, every bash block is run: no error, no fault.
-        """
-        page = Path(__file__).parents[1] / "docs/how-to/own-checkpoints.md"
-        said = ""
-        for kind, block in re.findall(r"```(python|bash)\n(.*?)```", page.read_text(), re.DOTALL):
-            if kind == "python":
-                Path(block.split()[1]).write_text(block)
-                continue
-            bin_folder = Path(sys.executable).parent
-            ended = subprocess.run(
-                ["bash", "-e", "-c", block],
-                env=os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}"},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert ended.returncode == 0, ended.stderr
-            said += ended.stdout
-
-        table = re.search(r"```text\n(learning rate .*?)```", page.read_text(), re.DOTALL)
-        assert table
-        assert table[1] in said
-        assert "out.zarr: no fault; complete" in said
 
 
 class TestCommand:

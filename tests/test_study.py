@@ -17,6 +17,7 @@ from distributed_stiffness.study import (
     Model,
     Study,
     Training,
+    build_study,
     differences,
     digest,
     fingerprint,
@@ -96,6 +97,12 @@ class TestBadInput:
         """There must be something to compute."""
         with pytest.raises(ValidationError, match="no examples"):
             Study(data={"validation_examples": 0})
+
+    @pytest.mark.parametrize("section", ["data", "model", "training", "gradients"])
+    def test_a_field_that_does_not_exist(self, section):
+        """Whoever misspells one is told those that there are."""
+        with pytest.raises(StudyError, match=rf"{section}\.nope: there is no such field; expected"):
+            build_study(lambda: Study.model_validate({section: {"nope": 1}}))
 
     def test_a_study_cannot_be_changed(self):
         """What was checked stays as it was."""

@@ -22,6 +22,9 @@ from distributed_stiffness.verify.recompute import draw
 from distributed_stiffness.verify.tile_sums import (
     Labels,
     Rows,
+    Sums,
+    asymmetry_of_squares,
+    asymmetry_of_weighted,
     wrong_near_zero,
     wrong_rows,
     wrong_sums,
@@ -48,12 +51,22 @@ def by_distance(i: int, j: int, of: str = LAST) -> str:
     return f"distance_sums/c/{of}/{j}/{i}/0/0/0/0"
 
 
+def weighted(i: int, j: int, of: str = LAST) -> str:
+    """Key of the sums weighted with norms."""
+    return f"weighted_sums/c/{of}/{j}/{i}/0/0"
+
+
+def squares(i: int, j: int, of: str = LAST) -> str:
+    """Key of the sums of squares."""
+    return f"square_sums/c/{of}/{j}/{i}/0/0"
+
+
 def near_zero(i: int, j: int, of: str = LAST) -> str:
     """Key of the counts by power of two."""
     return f"near_zero/c/{of}/{i}/{j}/0"
 
 
-KEYS = (by_class, by_distance, near_zero)
+KEYS = (by_class, by_distance, weighted, squares, near_zero)
 CHECK = {f"{name}/c/{LAST}" for name in ("undecided", "error_bound")}
 
 
@@ -102,6 +115,38 @@ FAULTS: dict[str, tuple[Damage, set[tuple[str, str]], set[str]]] = {
                                      of_tile(2, 2) | CHECK),
     "a missing count": (remove(near_zero(2, 1)), {("missing", near_zero(2, 1))},
                         of_tile(1, 2) | CHECK),
+    "a flipped bit of weighted sums": (flip(weighted(1, 2)), {("unreadable", weighted(1, 2))},
+                                       of_tile(1, 2) | CHECK),
+    "a missing chunk of squares": (remove(squares(2, 0)), {("missing", squares(2, 0))},
+                                   of_tile(0, 2) | CHECK),
+    "a weighted sum that is no number": (put("weighted_sums", (*PLACE, 1, 3, 0, 4), np.inf),
+                                         {("not finite", weighted(0, 1))}, of_tile(0, 1) | CHECK),
+    "a square below 0": (put("square_sums", (*PLACE, 1, 3, 0, 1), -1e-9),
+                         {("out of range", squares(0, 1))}, of_tile(0, 1) | CHECK),
+    "squares beyond their pairs": (put("square_sums", (*PLACE, 1, 3, 0, 0), 20.5),
+                                   {("out of range", squares(0, 1))}, of_tile(0, 1) | CHECK),
+    "squares too small for the sums": (put("square_sums", (*PLACE, 1, 3, 0, 0), 1e-9),
+                                       {("out of range", squares(0, 1))}, of_tile(0, 1) | CHECK),
+    "weighted sums of other weights": (stale(0, 1, keys=(weighted,)),
+                                       {("out of range", squares(1, 0))}, of_tile(0, 1) | CHECK),
+    "weighted sums of other weights, in the part that is drawn": (
+        stale(1, 1, of="1/0/0", keys=(weighted,)),
+        {("differs", weighted(1, 1))},
+        of_tile(1, 1) | CHECK,
+    ),
+    "squares of other weights": (stale(0, 1, keys=(squares,)), {("out of range", squares(1, 0))},
+                                 of_tile(0, 1) | CHECK),
+    "weighted sums that one side has alone": (
+        put("weighted_sums", (*PLACE, 2, slice(0, 20)), 0.0),  # type: ignore[arg-type]
+        {("inconsistent", weighted(0, 2))},
+        # The norms may be what is wrong.
+        of_tile(0, 2) | of_tile(0, 0) | of_tile(2, 2) | CHECK,
+    ),
+    "squares that one side has alone": (
+        put("square_sums", (*PLACE, 2, slice(0, 20), 0, 1), 1e3),  # type: ignore[arg-type]
+        {("inconsistent", squares(0, 2))},
+        of_tile(0, 2) | of_tile(0, 0) | of_tile(2, 2) | CHECK,
+    ),
     "a hole": (
         put("class_sums", (*PLACE, 1, slice(3, 20)), np.nan),  # type: ignore[arg-type]
         {("not finite", by_class(0, 1))},
@@ -297,6 +342,33 @@ class TestFaults:
         assert len({fault.chunk.split("/")[5] for fault in found.faults}) == 1  # one part
         assert all("signs" in fault.sentence for fault in found.faults)
 
+    @pytest.mark.parametrize(
+        ("name", "less", "words"),
+        [("weighted_sums", 0.5, "norms"), ("square_sums", (0.2, 0), "a pair, of squares"),
+         ("square_sums", (0, 0.2), "squared norms")],
+    )  # fmt: skip
+    def test_a_checkpoint_whose_sums_for_kernels_are_others(
+        self, name: str, less: object, words: str, store: Path
+    ) -> None:
+        """
+        They agree with one another, but are not those of the gradients: found in the part that is
+        looked at pair by pair.
+        """
+        group = zarr.open_group(str(store), mode="r+", use_consolidated=False)
+        values = group[name][PLACE]  # type: ignore[index]
+        if name == "square_sums":  # nearer to the number of pairs, which they do not exceed
+            most = group["class_sums"][PLACE][..., 2].sum(-1)[..., None]  # type: ignore[index,union-attr,call-overload]
+            values = values + less * np.where([True, False], most - values, values)  # type: ignore[operator]
+        else:
+            values = values * less  # type: ignore[operator]
+        group[name][PLACE] = values  # type: ignore[index]
+
+        found = look(store)
+
+        assert {(fault.kind, fault.array) for fault in found.faults} == {("differs", name)}
+        assert len({fault.chunk.split("/")[5] for fault in found.faults}) == 1  # one part
+        assert all(words in fault.sentence for fault in found.faults)
+
     def test_a_run_that_meets_a_damaged_chunk_names_it(self, store: Path) -> None:
         """
         The check reads all counts: one that cannot be read ends the run with its name, and what
@@ -365,6 +437,10 @@ class TestFaults:
         put("class_sums", (*PLACE, 1, 3, 0, 4, 3), 19)(store)
 
         assert verdict(look(store)) == {("inconsistent", by_class(0, 1))}
+        put("weighted_sums", (*PLACE, 2, slice(20, 40)), 0.0)(store)  # type: ignore[arg-type]
+
+        faults = {("inconsistent", by_class(0, 1)), ("inconsistent", weighted(1, 2))}
+        assert verdict(look(store)) == faults
 
 
 class TestWholeMatrixCheck:
@@ -402,6 +478,18 @@ class TestWholeMatrixCheck:
         assert_same_bits(finished, store)
 
 
+def of_pairs(labels: Labels, cosine: np.ndarray, norms: np.ndarray, columns: slice) -> Sums:
+    """What kernels need of a tile (i, j), from its pairs and the norms of its columns."""
+    weighted = np.zeros((len(cosine), labels.n_splits, labels.n_classes))
+    squares = np.zeros((len(cosine), labels.n_splits, 2))
+    for k, j in enumerate(range(columns.start, columns.stop)):
+        products = cosine[:, k] * norms[k]
+        weighted[:, labels.splits[j], labels.classes[j]] += products
+        squares[:, labels.splits[j]] += np.stack([cosine[:, k] ** 2, products**2], axis=1)
+    nothing = np.zeros(0)
+    return Sums(nothing, nothing, weighted, squares, nothing)
+
+
 class TestNumbers:
     """What no store of these tests holds."""
 
@@ -427,6 +515,29 @@ class TestNumbers:
         assert wrong_near_zero(counts, sums, **options) is None  # type: ignore[arg-type]
         assert wrong_near_zero(counts + (counts == 3), sums, **options)  # type: ignore[arg-type]
         assert wrong_near_zero(3 * (EXPONENTS >= -3), sums, **options)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("size", [1.0, 1e-140, 1e-300])
+    def test_both_sides_of_a_tile_hold_the_same_products(self, size: float) -> None:
+        """
+        Whatever the size of gradients; norms that are a little off are let pass, others are not.
+        """
+        random = np.random.default_rng(0)
+        labels = Labels(np.arange(12) % 3, np.arange(12) // 6, 3, 2)
+        rows, columns, cosine = slice(0, 5), slice(5, 12), random.uniform(-1, 1, (5, 7))
+        norms = size * np.exp(random.standard_normal(12))
+        tile, mirror = (
+            of_pairs(labels, c, norms[part], part)
+            for c, part in ((cosine, columns), (cosine.T, rows))
+        )
+        nearly, others = norms * random.uniform(0.99, 1.01, 12), random.permutation(norms)
+
+        for same in (norms, nearly):
+            assert asymmetry_of_weighted(tile, mirror, rows, columns, labels, same) is None
+            assert asymmetry_of_squares(tile, mirror, rows, columns, labels, same) is None
+        assert asymmetry_of_weighted(tile, mirror, rows, columns, labels, others)
+        # Squares of norms below 1e-150 are nothing that float64 can say.
+        found = asymmetry_of_squares(tile, mirror, rows, columns, labels, others)
+        assert (found is not None) == (size > 1e-150)
 
     @pytest.mark.parametrize(
         ("turned", "nearly", "is_wrong"),

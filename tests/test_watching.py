@@ -451,6 +451,18 @@ class TestTheBudget:
             stiffness._clock.began -= 1000
             assert stiffness.step(2).left_out == 1
 
+    def test_what_is_left_out_at_the_end_is_said(self, capsys):
+        """
+        Nobody has to guess why a store holds fewer steps than were asked for.
+        """
+        with watched(network(), budget=0.05, every=1, quiet=False) as stiffness:
+            for step in range(4):
+                stiffness.step(step)
+
+        said = " ".join(capsys.readouterr().err.split())
+        assert "3 more measurements were due, and left out to keep within 0.05" in said
+        assert "budget=None" in said
+
     def test_steps_that_are_named(self):
         """
         `every` may be the steps themselves.

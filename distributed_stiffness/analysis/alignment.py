@@ -39,25 +39,25 @@ def kernel_alignment(
     is the kernel of loss gradients, not the neural tangent kernel.
 
     Args:
-        ds: a store of pairs: norms of kernels need the squares of pairs.
+        ds: a store, of pairs or of sums.
         kernels: as in `gradient_coherence`.
         splits: of rows and columns, as in `class_matrix`; both the same.
 
     Returns:
         Lazy Dataset over leading dimensions + (kernel): alignment, and alignment_error by jackknife
         over examples (float64). Both are NaN where a pair is not computed yet; the error also of
-        more than 2,000 examples, since it takes K·K·1, for which the matrix is looked at twice.
+        sums and of more than 2,000 examples, since it takes K·K·1, for which the matrix is looked
+        at twice.
 
     Raises:
-        DataError: the store keeps sums, rows and columns are different examples, or the store lacks
-            a kernel's numbers.
+        DataError: rows and columns are different examples, or the store lacks a kernel's numbers.
     """
     return alignment_of(one_set(ds, kernels, splits))
 
 
 def alignment_of(selection: Selection) -> xr.Dataset:
     """As `kernel_alignment`, of a selection."""
-    selection.require_pairs("the alignment with the labels")
+    selection.require_squares("the alignment with the labels")
     sums = kernel_sums(selection, squares=True, product=True)
     pair = sums.value_and_error(_alignments, {"value": 1})
     return selection.described(*named(pair, _ATTRS))

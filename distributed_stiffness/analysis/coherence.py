@@ -81,7 +81,7 @@ def gradient_coherence(
     else. Errors are by jackknife over examples, all of them one sample.
 
     Args:
-        ds: a store. One of sums has the cosine kernel alone.
+        ds: a store, of pairs or of sums.
         kernels: "gram" (the published measures), "cosine" (of unit gradients; zero gradients left
             out), or both; None: those that the store has the numbers for.
         splits: of rows and columns, as in `class_matrix`; both the same.

@@ -20,7 +20,7 @@ def neighbours(
     """Return every neighbouring measure that a store has the numbers for; the chunks are read once.
 
     Args:
-        ds: a store. One of sums has `gradient_coherence` of the cosine kernel alone.
+        ds: a store. One of sums has no `gradient_confusion`, which is of single pairs.
         kernels: as in `gradient_coherence`.
         splits: of rows and columns, as in `class_matrix`; both the same.
 
@@ -37,7 +37,8 @@ def neighbours(
 def neighbours_of(selection: Selection) -> xr.Dataset:
     """As `neighbours`, of a selection."""
     result = coherence_of(selection)
-    if selection.keeps_pairs:
-        for more in (confusion_of, participation_of, alignment_of):
-            result = result.merge(more(selection), join="exact", compat="override")
+    of_pairs = (confusion_of,) if selection.keeps_pairs else ()
+    of_squares = (participation_of, alignment_of) if selection.keeps_squares else ()
+    for more in (*of_pairs, *of_squares):
+        result = result.merge(more(selection), join="exact", compat="override")
     return result

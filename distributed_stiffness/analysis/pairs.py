@@ -20,12 +20,16 @@ from distributed_stiffness.errors import DataError
 Splits = tuple[str, str]  # of the rows and of the columns, such as ("train", "validation")
 
 # What a store keeps in place of its pairs, if it was reduced (`reduced`): sums over the pairs of
-# each example, by the split of the other one and by its class, or by relation and distance.
+# each example, by the split of the other one and by its class, or by relation and distance; and
+# what kernels need, sums of cosine · norm of the other, and of squares.
 CLASS_SUMS, DISTANCE_SUMS = "class_sums", "distance_sums"
+WEIGHTED_SUMS, SQUARE_SUMS = "weighted_sums", "square_sums"
 OTHER_SPLIT = "split_of_other"
 SUMS_DIMS = {
     CLASS_SUMS: ("class_of_other", "sum"),
     DISTANCE_SUMS: ("relation", "distance_bin", "sum"),
+    WEIGHTED_SUMS: ("class_of_other",),
+    SQUARE_SUMS: ("kernel",),
 }
 
 # Edge of a block where the data are in memory; a store keeps its own chunks.
@@ -150,9 +154,9 @@ def _sums_kept(ds: xr.Dataset) -> dict[str, xr.DataArray]:
     Sums over parts that are not computed yet are NaN in a store, and no pairs here.
     """
     kept: dict[str, xr.DataArray] = {}
-    for name in (CLASS_SUMS, DISTANCE_SUMS):
+    for name, dims in SUMS_DIMS.items():
         if name in ds:
-            sums = ds[name].transpose(..., "example", OTHER_SPLIT, *SUMS_DIMS[name])
+            sums = ds[name].transpose(..., "example", OTHER_SPLIT, *dims)
             sums = sums.fillna(0.0)
             sums = sums.sum("other_part") if "other_part" in sums.dims else sums
             bare = sums.drop_vars([c for c in sums.coords if "example" in sums[c].dims])

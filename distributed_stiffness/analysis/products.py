@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import dask.array as da
 import numpy as np
@@ -26,6 +26,8 @@ from distributed_stiffness.analysis.jackknife import (
     spread,
 )
 from distributed_stiffness.analysis.pairs import (
+    SQUARE_SUMS,
+    WEIGHTED_SUMS,
     Grouping,
     Labels,
     Splits,
@@ -35,9 +37,10 @@ from distributed_stiffness.analysis.pairs import (
     leading_dims,
     origin,
     select,
+    with_identities,
     with_labels_in_memory,
 )
-from distributed_stiffness.analysis.sums import grouped_sums
+from distributed_stiffness.analysis.sums import grouped_sums, membership
 from distributed_stiffness.errors import DataError
 
 KERNELS = ("cosine", "gram")
@@ -67,6 +70,11 @@ class Selection:
         return "cosine" in self.chosen
 
     @property
+    def keeps_squares(self) -> bool:
+        """Whether sums of squares can be had: an earlier version's store of sums has none."""
+        return self.keeps_pairs or f"row_{SQUARE_SUMS}" in self.chosen
+
+    @property
     def is_small(self) -> bool:
         """Whether a checkpoint's whole matrix may be looked at at once."""
         return len(self.examples.groups) <= WHOLE
@@ -90,6 +98,18 @@ class Selection:
                 " make a store with keep: pairs"
             )
 
+    def require_squares(self, what: str) -> None:
+        """Refuse what cannot be had without sums of squares.
+
+        Raises:
+            DataError: the store keeps sums, and these are not among them.
+        """
+        if not self.keeps_squares:
+            raise DataError(
+                f"this store keeps sums over each example's pairs without {SQUARE_SUMS}, as an"
+                f" earlier version did: {what} cannot be had; compute the study anew"
+            )
+
     def cosines(self) -> da.Array:
         """Return the cosines (lead…, E, E), columns in the order of the rows."""
         rows = self.chosen["row_identity"].values
@@ -97,8 +117,7 @@ class Selection:
         cosine = self.chosen["cosine"].data
         if np.array_equal(rows, columns):
             return cosine
-        order = np.argsort(columns)
-        return cosine[..., order[np.searchsorted(columns, rows, sorter=order)]]
+        return cosine[..., _places(columns, rows)]
 
     def whole(self) -> da.Array:
         """Return the same with one chunk for each checkpoint."""
@@ -142,8 +161,7 @@ def one_set(
             lacks what it is made of.
     """
     ds = with_labels_in_memory(ds)
-    numbered = ds.assign_coords(row_position=("example", np.arange(ds.sizes["example"])))
-    chosen = select(numbered, splits)
+    chosen = select(ds, splits)
     groups = grouping(chosen, "class_name")
     examples = examples_of(chosen, groups)
     if not examples.square:
@@ -152,15 +170,15 @@ def one_set(
             " expected one set of examples, such as splits ('validation', 'validation')"
         )
     found = _kernels(kernels, chosen, ds)
-    return Selection(chosen, groups, examples, found, _norms(ds, chosen), ds)
+    return Selection(chosen, groups, examples, found, norms_of(ds, chosen, "row"), ds)
 
 
 def _kernels(asked: Sequence[str] | None, chosen: xr.Dataset, ds: xr.Dataset) -> tuple[str, ...]:
     lacking = (
         "the store has no variable gradient_norm"
         if "gradient_norm" not in ds
-        else "this store keeps sums of cosines, not pairs"
-        if "cosine" not in chosen
+        else f"this store keeps sums of cosines, without {WEIGHTED_SUMS}"
+        if "cosine" not in chosen and f"row_{WEIGHTED_SUMS}" not in chosen
         else None
     )
     if asked is None:
@@ -173,16 +191,29 @@ def _kernels(asked: Sequence[str] | None, chosen: xr.Dataset, ds: xr.Dataset) ->
     return tuple(kernel for kernel in KERNELS if kernel in asked)
 
 
-def _norms(ds: xr.Dataset, chosen: xr.Dataset) -> np.ndarray:
-    lead = leading_dims(chosen)
+def norms_of(ds: xr.Dataset, chosen: xr.Dataset, side: Literal["row", "column"]) -> np.ndarray:
+    """Return the gradient norms of a selection's rows or columns (lead…, N); 1 if not known.
+
+    Args:
+        ds: the store, each of whose columns is a row too.
+        chosen: of `select`.
+        side: rows or columns.
+    """
+    lead, wanted = leading_dims(chosen), chosen[f"{side}_identity"].values
     shape = {dim: chosen.sizes[dim] for dim in lead}
     if "gradient_norm" not in ds:
-        return np.ones((*shape.values(), chosen.sizes["example"]))
-    rows = chosen["row_position"].values
-    norms = xr.DataArray(ds["gradient_norm"].variable).isel(example=rows)  # without labels
+        return np.ones((*shape.values(), len(wanted)))
+    place = _places(with_identities(ds)["row_identity"].values, wanted)
+    norms = xr.DataArray(ds["gradient_norm"].variable).isel(example=place)  # without labels
     missing = {dim: shape[dim] for dim in lead if dim not in norms.dims}
     whole = norms.expand_dims(missing).transpose(*lead, "example")
     return np.asarray(whole.values, dtype=np.float64)
+
+
+def _places(numbers: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return where each of some numbers is among others."""
+    order = np.argsort(numbers)
+    return np.asarray(order[np.searchsorted(numbers, wanted, sorter=order)])
 
 
 @dataclass(frozen=True)
@@ -280,8 +311,8 @@ def kernel_sums(
 
     Args:
         selection: of `one_set`.
-        squares: the sums of squares too; a store of sums has none.
-        product: K·K·1 too, of up to `WHOLE` examples; NaN of more.
+        squares: the sums of squares too.
+        product: K·K·1 too, of the pairs of up to `WHOLE` examples; else NaN.
     """
     by_class = {"cosine": _cosines_by_class(selection)}
     of_squares: dict[str, da.Array] = {}
@@ -289,7 +320,8 @@ def kernel_sums(
         found, n = _products(selection), len(selection.groups)
         by_class["gram"] = found[..., :n]
         of_squares = {"cosine": found[..., n], "gram": found[..., n + 1]} if squares else {}
-    of_products = _second_products(selection) if product and selection.is_small else None
+    whole = product and selection.keeps_pairs and selection.is_small
+    of_products = _second_products(selection) if whole else None
     packed = []
     for k, kernel in enumerate(selection.kernels):
         chunks = by_class[kernel].chunks[:-1]
@@ -315,6 +347,19 @@ def _cosines_by_class(selection: Selection) -> da.Array:
     return da.where(complete[..., None], sums[..., 0], np.nan)
 
 
+def _products_kept(selection: Selection) -> da.Array:
+    """As `_products`, of a store that keeps sums; NaN where a pair is missing."""
+    chosen, groups = selection.chosen, selection.groups
+    pairs = grouped_sums(chosen, "class_name").sides[0][..., 3].sum(-1)
+    weighted, squares = (chosen[f"row_{name}"].data for name in (WEIGHTED_SUMS, SQUARE_SUMS))
+    norms = da.from_array(selection.norms[..., None], chunks=(*pairs.chunks, 1))
+    products = da.einsum("...c,cg->...g", weighted, membership(chosen, groups)) * norms
+    cosine, gram = (chosen["kernel"].values.tolist().index(kernel) for kernel in KERNELS)
+    found = [products, squares[..., [cosine]], squares[..., [gram]] * norms**2]
+    complete = pairs == len(selection.examples.groups) - 1
+    return da.where(complete[..., None], da.concatenate(found, axis=-1), np.nan)
+
+
 @dataclass(frozen=True)
 class Block:
     """What a block of pairs must know of its rows and columns."""
@@ -328,10 +373,8 @@ class Block:
         """Return what is known of all rows and columns."""
         rows = selection.chosen["row_identity"].values
         columns = selection.chosen["column_identity"].values
-        order = np.argsort(rows)
-        place = order[np.searchsorted(rows, columns, sorter=order)]
         of_pairs = labels(selection.chosen, selection.groups)
-        return cls(of_pairs, selection.norms, selection.norms[..., place])
+        return cls(of_pairs, selection.norms, selection.norms[..., _places(rows, columns)])
 
     def cut(self, block_info: Any) -> Block:
         """Return the part of one block, from what dask's map_blocks says of its first array."""
@@ -344,11 +387,42 @@ class Block:
 
 def _products(selection: Selection) -> da.Array:
     """Return each example's sums in the Gram by class, and of squares: (lead…, E, C + 2)."""
-    cosine, size = selection.chosen["cosine"].data, len(selection.groups) + 2
+    found, n = _weighted(selection), len(selection.groups)
+    norms = da.from_array(selection.norms[..., None], chunks=(*found.chunks[:-1], 1))
+    parts = [found[..., :n] * norms, found[..., [n]], found[..., [n + 1]] * norms**2]
+    return da.concatenate(parts, axis=-1)
+
+
+def _weighted(selection: Selection) -> da.Array:
+    """As `weighted_sums`, of pairs or of the sums in their place; NaN where a pair is missing."""
+    chosen, groups = selection.chosen, selection.groups
+    if selection.keeps_pairs:
+        return weighted_sums(chosen["cosine"].data, Block.of(selection), len(groups))
+    pairs = grouped_sums(chosen, "class_name").sides[0][..., 3].sum(-1)
+    weighted, squares = (chosen[f"row_{name}"].data for name in (WEIGHTED_SUMS, SQUARE_SUMS))
+    by_class = da.einsum("...c,cg->...g", weighted, membership(chosen, groups))
+    complete = pairs == len(selection.examples.groups) - 1
+    found = da.concatenate([by_class, squares], axis=-1)
+    return da.where(complete[..., None], found, np.nan)
+
+
+def weighted_sums(cosine: da.Array, every: Block, n_groups: int) -> da.Array:
+    """Sum each row's pairs, weighted with the norms of the columns; the chunks are read once.
+
+    Args:
+        cosine: (lead…, N, M).
+        every: of all rows and columns.
+        n_groups: C.
+
+    Returns:
+        (lead…, N, C + 2): cosine · norm over the columns of each class; over all columns, cosine²
+        and (cosine · norm)². NaN where a pair is missing.
+    """
+    size = n_groups + len(KERNELS)
     return da.map_blocks(
-        _products_of_block,
+        _weighted_of_block,
         cosine,
-        every=Block.of(selection),
+        every=every,
         size=size,
         new_axis=cosine.ndim,
         chunks=(*cosine.chunks[:-1], (1,) * cosine.numblocks[-1], (size,)),
@@ -357,14 +431,10 @@ def _products(selection: Selection) -> da.Array:
     ).sum(axis=cosine.ndim - 1)
 
 
-def _products_of_block(
+def _weighted_of_block(
     cosine: np.ndarray, *, every: Block, size: int, block_info: Any
 ) -> np.ndarray:
-    """Sum one block's products over the columns of each class, and its squares.
-
-    Returns:
-        (…, i, 1, size) float64: products in the Gram by class, squared cosines, squared products.
-    """
+    """As `weighted_sums`, of one block: (…, i, 1, size) float64."""
     block = every.cut(block_info)
     order = np.argsort(block.labels.column_groups, kind="stable")
     present, starts = np.unique(block.labels.column_groups[order], return_index=True)
@@ -375,14 +445,13 @@ def _products_of_block(
             x = cosine[at][rows].astype(np.float64)
             if self_pairs is not None:
                 x[self_pairs] = 0
-            of_rows, of_columns = block.row_norms[at][rows, None], block.column_norms[at]
-            into = out[at][rows, 0]
+            norms, into = block.column_norms[at], out[at][rows, 0]
             squares = np.square(x)
             with np.errstate(invalid="ignore"):  # NaN: a pair that is missing
                 into[:, -2] = squares.sum(1)
-                into[:, -1] = (squares @ of_columns**2) * of_rows[:, 0] ** 2
-            x *= of_columns
-            into[:, present] = np.add.reduceat(x[:, order], starts, axis=1) * of_rows
+                into[:, -1] = squares @ norms**2
+            x *= norms
+            into[:, present] = np.add.reduceat(x[:, order], starts, axis=1)
     return out
 
 

@@ -1,8 +1,9 @@
 """A store without its pairs: the sums over each example's pairs, which most questions need alone.
 
-N² cosines become N·(C + 2K) sums for C classes and K distance bins. Means, their standard errors
-and figures that ask for no single pair come out of them through the same functions, and are the
-same numbers. A run with `--reduce-only` writes such a store from the start.
+N² cosines become N·(5C + 8K + 2) sums for C classes and K distance bins. Means, neighbouring
+measures, their standard errors and figures that ask for no single pair come out of them through the
+same functions, and are the same numbers. A run with `--reduce-only` writes such a store from the
+start.
 """
 
 from __future__ import annotations
@@ -23,13 +24,18 @@ from distributed_stiffness.analysis.pairs import (
     CLASS_SUMS,
     DISTANCE_SUMS,
     OTHER_SPLIT,
+    SQUARE_SUMS,
     SUMS_DIMS,
+    WEIGHTED_SUMS,
+    Grouping,
     Splits,
     grouping,
+    labels,
     leading_dims,
     select,
     with_labels_in_memory,
 )
+from distributed_stiffness.analysis.products import KERNELS, Block, norms_of, weighted_sums
 from distributed_stiffness.analysis.sums import SUMS, grouped_sums
 
 BINS = 50
@@ -37,11 +43,23 @@ RELATIONS = ("within", "between")
 LONG_NAMES = {
     CLASS_SUMS: "sums over the pairs of an example, by class of the other",
     DISTANCE_SUMS: "sums over the pairs of an example, by relation and distance",
+    WEIGHTED_SUMS: "sums of cosine times norm over the pairs of an example, by class of the other",
+    SQUARE_SUMS: "sums of squares over the pairs of an example",
 }
-DESCRIPTION = (
+_EACH = (
     "Of each example's pairs with others of a split: sum of cosines, sum of signs, pairs in the"
     " cosine sum (no zero gradients), pairs in the sign sum. Self-pairs are in none."
 )
+DESCRIPTIONS = {
+    CLASS_SUMS: _EACH,
+    DISTANCE_SUMS: _EACH,
+    WEIGHTED_SUMS: "Of each example's pairs with others of a split and class: sum of cosine *"
+    " gradient_norm of the other. Times its own gradient_norm, the sum of products of gradients."
+    " Self-pairs are in none.",
+    SQUARE_SUMS: "Of each example's pairs with others of a split: sum of squared cosines (kernel"
+    " cosine), and of squared cosine * gradient_norm of the other (kernel gram; times its own"
+    " gradient_norm squared, of squared products of gradients). Self-pairs are in none.",
+}
 
 
 def reduced(
@@ -55,9 +73,10 @@ def reduced(
         edges: of the distance bins.
 
     Returns:
-        Lazy Dataset: class_sums (…, example, split_of_other, class_of_other, sum) and, where the
-        store has distances, distance_sums (…, example, split_of_other, relation, distance_bin,
-        sum), float64; all else but cosine and distance is kept.
+        Lazy Dataset: class_sums (…, example, split_of_other, class_of_other, sum), weighted_sums
+        (…, example, split_of_other, class_of_other), square_sums (…, example, split_of_other,
+        kernel) and, where the store has distances, distance_sums (…, example, split_of_other,
+        relation, distance_bin, sum), float64; all else but cosine and distance is kept.
 
     Raises:
         DataError: `ds` is no store.
@@ -65,7 +84,11 @@ def reduced(
     ds = with_labels_in_memory(ds)
     splits = _splits(ds)
     classes = _all_classes(ds)
-    sums = {CLASS_SUMS: _joined(ds, splits, lambda s: _by_class(ds, s, classes))}
+    sums = {
+        CLASS_SUMS: _joined(ds, splits, lambda s: _by_class(ds, s, classes)),
+        WEIGHTED_SUMS: _joined(ds, splits, lambda s: _for_kernels(ds, s, classes)[0]),
+        SQUARE_SUMS: _joined(ds, splits, lambda s: _for_kernels(ds, s, classes)[1]),
+    }
     coordinates: dict[str, Any] = sums_coordinates(classes, _names(splits))
     if "distance" in ds:
         if edges is None:
@@ -83,7 +106,7 @@ def reduced(
         result[name].attrs = {
             "long_name": LONG_NAMES[name],
             "units": "1",
-            "description": DESCRIPTION,
+            "description": DESCRIPTIONS[name],
         }
     return result.assign_coords(coordinates)
 
@@ -94,6 +117,7 @@ def sums_coordinates(classes: Sequence[str], splits: Sequence[str]) -> dict[str,
         OTHER_SPLIT: _text(splits),
         "class_of_other": _text(classes),
         "sum": _text(SUMS),
+        "kernel": _text(KERNELS),
     }
 
 
@@ -142,13 +166,36 @@ def _joined(
 
 def _by_class(ds: xr.Dataset, splits: Splits | None, classes: list[str]) -> xr.DataArray:
     found = grouped_sums(select(ds, splits), "class_name")
-    inside = np.zeros((len(found.groups), len(classes)))
-    for k, name in enumerate(found.groups.names.tolist()):
-        inside[k, classes.index(str(name))] = 1
-    values = da.einsum("...gs,gc->...cs", found.sides[0], inside)
+    values = da.einsum("...gs,gc->...cs", found.sides[0], _among(classes, found.groups))
     return xr.DataArray(
         values, dims=(*leading_dims(found.chosen), "example", *SUMS_DIMS[CLASS_SUMS])
     )
+
+
+def _for_kernels(
+    ds: xr.Dataset, splits: Splits | None, classes: list[str]
+) -> tuple[xr.DataArray, xr.DataArray]:
+    """Return sums weighted with the columns' norms, by class, and sums of squares, by kernel."""
+    chosen = select(ds, splits)
+    groups = grouping(chosen, "class_name")
+    every = Block(
+        labels(chosen, groups), norms_of(ds, chosen, "row"), norms_of(ds, chosen, "column")
+    )
+    found = weighted_sums(chosen["cosine"].data, every, len(groups))
+    by_class = da.einsum("...g,gc->...c", found[..., : len(groups)], _among(classes, groups))
+    dims = (*leading_dims(chosen), "example")
+    return (
+        xr.DataArray(by_class, dims=(*dims, *SUMS_DIMS[WEIGHTED_SUMS])),
+        xr.DataArray(found[..., len(groups) :], dims=(*dims, *SUMS_DIMS[SQUARE_SUMS])),
+    )
+
+
+def _among(classes: list[str], groups: Grouping) -> np.ndarray:
+    """Return which of all classes each of some is, (some, all), 0 or 1."""
+    inside = np.zeros((len(groups), len(classes)))
+    for k, name in enumerate(groups.names.tolist()):
+        inside[k, classes.index(str(name))] = 1
+    return inside
 
 
 def _by_distance(ds: xr.Dataset, splits: Splits | None, edges: np.ndarray) -> xr.DataArray:

@@ -73,7 +73,7 @@ def participation_ratio(
     """Return (tr K)² / ‖K‖_F², an effective rank without eigenvalues; the chunks are read once.
 
     Args:
-        ds: a store of pairs.
+        ds: a store, of pairs or of sums.
         kernels: as in `gradient_coherence`.
         splits: of rows and columns, as in `class_matrix`; both the same.
 
@@ -83,15 +83,14 @@ def participation_ratio(
         computed yet).
 
     Raises:
-        DataError: the store keeps sums, rows and columns are different examples, or the store lacks
-            a kernel's numbers.
+        DataError: rows and columns are different examples, or the store lacks a kernel's numbers.
     """
     return participation_of(one_set(ds, kernels, splits))
 
 
 def participation_of(selection: Selection) -> xr.Dataset:
     """As `participation_ratio`, of a selection."""
-    selection.require_pairs("the participation ratio")
+    selection.require_squares("the participation ratio")
     sums = kernel_sums(selection, squares=True)
     pair = sums.value_and_error(_participation, {"value": 1})
     return selection.described(*named(pair, _PARTICIPATION))

@@ -112,6 +112,19 @@ def grouped_sums(chosen: xr.Dataset, by: str) -> GroupedSums:
 
 def _kept_sums(chosen: xr.Dataset, groups: Grouping, examples: Examples) -> tuple[da.Array, ...]:
     """Add up sums by class, which a reduced store keeps, to sums by group."""
+    inside = membership(chosen, groups)
+    sides = ["row"] if examples.square else ["row", "column"]
+    return tuple(
+        da.einsum("...cs,cg->...gs", chosen[f"{side}_{CLASS_SUMS}"].data, inside) for side in sides
+    )
+
+
+def membership(chosen: xr.Dataset, groups: Grouping) -> np.ndarray:
+    """Return which class of a store of sums is in which group, (classes, groups), 0 or 1.
+
+    Raises:
+        DataError: a class lies in several groups.
+    """
     classes = grouping(chosen, "class_name")
     group_of = np.full(len(classes), -1)
     group_of[classes.rows], group_of[classes.columns] = groups.rows, groups.columns
@@ -127,10 +140,7 @@ def _kept_sums(chosen: xr.Dataset, groups: Grouping, examples: Examples) -> tupl
     inside = np.zeros((len(kept), len(groups)))
     for name, group in zip(classes.names.tolist(), group_of, strict=True):
         inside[kept.index(str(name)), group] = 1
-    sides = ["row"] if examples.square else ["row", "column"]
-    return tuple(
-        da.einsum("...cs,cg->...gs", chosen[f"{side}_{CLASS_SUMS}"].data, inside) for side in sides
-    )
+    return inside
 
 
 def _sums(cosine: da.Array, labels: Labels, n_groups: int) -> da.Array:

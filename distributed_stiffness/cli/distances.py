@@ -34,10 +34,10 @@ def distances(
     download: Download = True,
     as_json: AsJson = False,
 ) -> None:
-    """Add distances of the examples to a store, for profiles and critical lengths over them.
+    """Add distances between the examples to a store.
 
-    What is there is not computed again. LAYER is a module of the network by its name; a name that
-    does not exist lists them.
+    Profiles and critical lengths can then be drawn over them. What is there is not computed again.
+    LAYER is a module of the network by its name; a name that does not exist lists them.
 
     Example: stiffness distances results/mnist.zarr latent:6 && stiffness plot results/mnist.zarr
     distance_profile --distance distance_latent_6

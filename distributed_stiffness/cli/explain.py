@@ -32,7 +32,7 @@ def explain(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say by which rule each parameter's gradients are made, and what that costs.
+    """Say how each parameter's gradients are made, at what cost.
 
     Example: stiffness explain --model resnet20 --input-shape 3,32,32 --classes 100
     """

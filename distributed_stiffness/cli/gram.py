@@ -123,9 +123,10 @@ def gram(
     plan_only: PlanOnly = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compute the stiffness of networks that you have trained, from their checkpoints.
+    """Compute the stiffness of networks that you have trained.
 
-    Run the same command again after an interruption: what is done is kept.
+    From their checkpoints, which are copied beside the store. Run the same command again after an
+    interruption: what is done is kept.
 
     Example: stiffness gram --model nets:build --data data:validation --checkpoints
     'runs/*/step-*.safetensors' --store out.zarr

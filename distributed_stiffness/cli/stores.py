@@ -41,9 +41,10 @@ def verify(
         str | None, typer.Option(help="Of a repair: memory of a replica, such as 4GB.")
     ] = None,
 ) -> None:
-    """Read every chunk of a store, check its numbers, and compute a sample of them again.
+    """Check every chunk of a store; repair what is wrong.
 
-    Exit code 0: nothing is wrong, or all was repaired; 1: something is.
+    All is read, its numbers are checked, and a sample of them is computed again. Exit code 0:
+    nothing is wrong, or all was repaired; 1: something is.
 
     Example: stiffness verify results/demo.zarr --repair
     """
@@ -62,9 +63,10 @@ def verify(
 
 
 def status(store: StorePath, as_json: AsJson = False) -> None:
-    """Say how far a study is: done, missing, who computes what, time left.
+    """Say how far a study is.
 
-    Reads only, so that it can be asked while the study runs.
+    What is done and what is missing, who computes what, time left. Reads only, so that it can be
+    asked while the study runs.
 
     Example: stiffness status results/cifar100.zarr
     """

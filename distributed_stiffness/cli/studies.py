@@ -42,9 +42,10 @@ def demo(
     engine: Engine = "ray",
     as_json: AsJson = False,
 ) -> None:
-    """Train the paper's fully connected net on real digits and look at its stiffness.
+    """Train a small net on real digits; see its stiffness.
 
-    Needs no network: the digits come with scikit-learn. Takes a minute or two on two cores.
+    It is the paper's fully connected net. Needs no network: the digits come with scikit-learn.
+    Takes a minute or two on two cores.
 
     Example: stiffness demo --store results/demo.zarr
     """
@@ -70,9 +71,10 @@ def run(
     plan_only: PlanOnly = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a study file; a store keeps its own, as JSON, in its attribute `study`.
+    """Run a study file.
 
-    A file says what the options of a job script say: the same fields, the same numbers.
+    A file says what the options of a job script say: the same fields, the same numbers. A store
+    keeps its own, as JSON, in its attribute `study`.
 
     Example: stiffness run study.yaml --store results/study.zarr
     """
@@ -91,13 +93,23 @@ def plan(
         str | None, typer.Option(help="Of a replica, such as 4GB; default: half of what is free.")
     ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="That work side by side.")] = 1,
+    device_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Floating-point operations a second of a replica's device, such as 20e12 of a"
+            " GPU: says the hours of replicas at this rate too."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a study will cost before it runs: operations, bytes, time.
 
-    The time is that of replicas as fast as this process, which is measured for a second or two.
+    The time is that of replicas as fast as this process, which is measured for a few seconds:
+    making gradients, multiplying them, folding tiles where sums are kept, and checks.
 
     Example: stiffness plan study.json --replicas 8 --memory 4GB
     """
     chosen = checked_run(**run_fields(locals()))
-    show_plan(read_study(study), chosen, replicas=replicas, as_json=as_json)
+    show_plan(
+        read_study(study), chosen, replicas=replicas, as_json=as_json, device_rate=device_rate
+    )

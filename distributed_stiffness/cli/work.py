@@ -49,8 +49,24 @@ def say_json(value: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(value))
 
 
-def show_plan(study: Study, chosen: Any, *, replicas: int, as_json: bool = False) -> None:
-    """Print what a study will cost."""
+def show_plan(
+    study: Study,
+    chosen: Any,
+    *,
+    replicas: int,
+    as_json: bool = False,
+    device_rate: float | None = None,
+) -> None:
+    """Print what a study will cost; at an assumed rate of the replicas' devices too.
+
+    Raises:
+        StudyError: the rate is 0 or less, or something does not fit.
+    """
+    if device_rate is not None and not device_rate > 0:
+        raise StudyError(
+            f"the rate of a device is {device_rate:g} operations a second: expected more than 0,"
+            " such as --device-rate 20e12"
+        )
     from distributed_stiffness.engine.prediction import predict
     from distributed_stiffness.engine.prepare import prepare
     from distributed_stiffness.gradients.budget import free_memory
@@ -59,10 +75,12 @@ def show_plan(study: Study, chosen: Any, *, replicas: int, as_json: bool = False
         prepared = prepare(study, chosen, progress)
         made = prepared.plan(chosen.memory or free_memory() // replicas, "cpu")
         found = predict(made, replicas=replicas, speed=prepared.speed(made))
+    hours = None if device_rate is None else found.at_rate(device_rate)
     if as_json:
-        say_json({"plan": made.to_json(), "prediction": found.to_json()})
+        said = {"plan": made.to_json(), "prediction": found.to_json()}
+        say_json(said if hours is None else said | {"device_hours": hours.to_json()})
     else:
-        say([made.describe(), found.describe()])
+        say([made.describe(), found.describe(), *([] if hours is None else [hours.describe()])])
 
 
 def compute_or_plan(

@@ -4,8 +4,8 @@ Hugging Face data sets on disk. They are taken as they are, and need no training
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ _EXPECTED = (
     " and 'superclass_names'"
 )
 _INPUTS, _LABELS = ("x", "inputs"), ("y", "labels", "targets")
+_COLUMNS = ("input_ids", "pixel_values", "x", "inputs", "image", "img")
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -101,6 +102,51 @@ def _stacked(items: Any, where: str) -> tuple[Any, np.ndarray]:
     return together, np.asarray([int(label) for label in labels])
 
 
+@dataclass(frozen=True)
+class Pixels:
+    """How images become arrays; the fields are those options of `read_images`."""
+
+    resize: int | None = None
+    crop: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    grey: bool = False
+
+    def of(self, images: Iterable[tuple[str, Any]]) -> np.ndarray:
+        """Return images of PIL, each with its name for messages, as (n, C, H, W) float32.
+
+        Raises:
+            DataError: they are not of one size.
+        """
+        arrays: list[np.ndarray] = []
+        first = ""
+        for name, image in images:
+            arrays.append(self._one(image))
+            first = first or name
+            if arrays[-1].shape != arrays[0].shape:
+                raise DataError(
+                    f"{name} is {arrays[-1].shape[1:]} pixels, {first} is {arrays[0].shape[1:]}:"
+                    " expected one size for all; give --data-option resize=256 and crop=224, or"
+                    " others"
+                )
+        x = np.stack(arrays)
+        if self.mean is None and self.std is None:
+            return x
+        return _normalised(x, self.mean or [0.0], self.std or [1.0])
+
+    def _one(self, image: Any) -> np.ndarray:
+        from torchvision.transforms import functional as T
+
+        if self.resize is not None:
+            image = T.resize(image, self.resize)
+        if self.crop is not None:
+            image = T.center_crop(image, [self.crop, self.crop])
+        if self.grey:
+            image = T.rgb_to_grayscale(image)
+        array: np.ndarray = T.to_tensor(image).numpy()
+        return array
+
+
 # Readers of files: each takes a path, and options by name
 
 
@@ -158,7 +204,6 @@ def read_images(
         DataError: there is no such folder, or the images are not of one size.
     """
     from torchvision.datasets import ImageFolder
-    from torchvision.transforms import functional as T
 
     if not path.is_dir():
         raise DataError(f"there is no folder {path}: expected one with a folder for each class")
@@ -171,24 +216,8 @@ def read_images(
         for k in range(len(folder.classes))
         for sample in islice((s for s in folder.samples if s[1] == k), per_class)
     ]
-    images = []
-    for file, _ in chosen:
-        image = folder.loader(file)
-        if resize is not None:
-            image = T.resize(image, resize)
-        if crop is not None:
-            image = T.center_crop(image, [crop, crop])
-        if grey:
-            image = T.rgb_to_grayscale(image)
-        images.append(T.to_tensor(image).numpy())
-        if images[-1].shape != images[0].shape:
-            raise DataError(
-                f"{file} is {images[-1].shape[1:]} pixels, {chosen[0][0]} is {images[0].shape[1:]}:"
-                " expected one size for all; give --data-option resize=256 and crop=224, or others"
-            )
-    x = np.stack(images)
-    if mean is not None or std is not None:
-        x = _normalised(x, mean or [0.0], std or [1.0])
+    images = ((file, folder.loader(file)) for file, _ in chosen)
+    x = Pixels(resize, crop, mean, std, grey).of(images)
     labels = np.array([label for _, label in chosen])
     source = f"Images of {path}."
     return {"validation": (x, labels), "class_names": folder.classes, "source": source}
@@ -207,7 +236,16 @@ def _normalised(x: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> n
 
 
 def read_hugging_face(
-    path: Path, split: str = "validation", inputs: str = "", labels: str = "", limit: int = 0
+    path: Path,
+    split: str = "validation",
+    inputs: str = "",
+    labels: str = "",
+    limit: int = 0,
+    resize: int | None = None,
+    crop: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    grey: bool = False,
 ) -> Mapping[str, Any]:
     """Read a data set that `datasets` has saved with save_to_disk.
 
@@ -215,13 +253,49 @@ def read_hugging_face(
         path: of its folder.
         split: of a folder with several.
         inputs: column of the inputs; "": input_ids (with attention_mask and token_type_ids where
-            there are such columns, all padded to one length), or pixel_values, x, inputs.
+            there are such columns, all padded to one length), or pixel_values, x, inputs, image,
+            img.
         labels: column of the labels; "": label, labels or y.
         limit: examples, the first; 0: all.
+        resize: of a column of images, as of `read_images`; so are the others.
+        crop: see there.
+        mean: see there.
+        std: see there.
+        grey: see there.
 
     Raises:
         DataError: `datasets` is not installed, or there are no such columns.
     """
+    found = _saved(path, split)
+    columns, label = found.column_names, labels or _first(found, ("label", "labels", "y"), path)
+    column = inputs or _first(found, _COLUMNS, path)
+    chosen = [c for c in _TOKENS if c in columns] if column == "input_ids" else [column]
+    for name in (*chosen, label):
+        if name not in columns:
+            raise DataError(f"{path} has no column {name!r}, only {', '.join(columns)}")
+    pictures = Pixels(resize, crop, mean, std, grey)
+    rows = found.select(range(min(limit or len(found), len(found))))
+    if type(found.features[column]).__name__ == "Image":
+        named = ((f"row {k} of {path}", row[column]) for k, row in enumerate(rows))
+        arrays = {column: pictures.of((name, image.convert("RGB")) for name, image in named)}
+    elif pictures != Pixels():
+        raise DataError(
+            f"column {column!r} of {path} holds numbers, which are taken as they are: leave resize,"
+            " crop, mean, std and grey out"
+        )
+    else:
+        numbers = rows.with_format("numpy")
+        arrays = {name: _even(numbers[name][:], name, path) for name in chosen}
+    classes = getattr(found.features[label], "names", None)
+    return {
+        "validation": (arrays if len(arrays) > 1 else arrays[column], np.asarray(rows[label][:])),
+        "class_names": classes,
+        "source": f"Hugging Face data set {path}.",
+    }
+
+
+def _saved(path: Path, split: str) -> Any:
+    """Load what save_to_disk wrote, of several splits one."""
     try:
         import datasets
     except ImportError as error:
@@ -234,27 +308,13 @@ def read_hugging_face(
         found = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path} as a data set: {error}") from error
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise DataError(
-                f"{path} has the splits {', '.join(found)}, no {split!r}: give --data-option"
-                " split=NAME"
-            )
-        found = found[split]
-    columns, label = found.column_names, labels or _first(found, ("label", "labels", "y"), path)
-    column = inputs or _first(found, ("input_ids", "pixel_values", "x", "inputs"), path)
-    chosen = [c for c in _TOKENS if c in columns] if column == "input_ids" else [column]
-    for name in (*chosen, label):
-        if name not in columns:
-            raise DataError(f"{path} has no column {name!r}, only {', '.join(columns)}")
-    rows = found.select(range(min(limit or len(found), len(found)))).with_format("numpy")
-    arrays = {name: _even(rows[name][:], name, path) for name in chosen}
-    classes = getattr(found.features[label], "names", None)
-    return {
-        "validation": (arrays if len(arrays) > 1 else arrays[column], rows[label][:]),
-        "class_names": classes,
-        "source": f"Hugging Face data set {path}.",
-    }
+    if not isinstance(found, datasets.DatasetDict):
+        return found
+    if split not in found:
+        raise DataError(
+            f"{path} has the splits {', '.join(found)}, no {split!r}: give --data-option split=NAME"
+        )
+    return found[split]
 
 
 def _first(found: Any, names: Sequence[str], path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +16,16 @@ _SIDE = 4
 _SHARE = 256  # rows that a thread takes at a time
 
 
+@dataclass(frozen=True)
+class Folded:
+    """Sums over the pairs of each row's example, (n, …) float64."""
+
+    by_class: np.ndarray  # (n, S, C, 4) of cosine, of sign, pairs with a cosine, pairs
+    by_distance: np.ndarray  # (n, S, 2, K, 4) the same within a class (0) and between classes (1)
+    weighted: np.ndarray  # (n, S, C) of cosine · norm of the other
+    squares: np.ndarray  # (n, S, 2) of cosine², and of (cosine · norm of the other)²
+
+
 def fold(
     cosine: np.ndarray,
     distance: np.ndarray,
@@ -22,11 +33,11 @@ def fold(
     first: tuple[int, int],
     classes: np.ndarray,
     splits: np.ndarray,
-    zero: np.ndarray,
+    norms: np.ndarray,
     edges: np.ndarray,
     n_splits: int,
     n_classes: int,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Folded:
     """Add up the pairs of each row's example, over the columns by class and by distance bin.
 
     Bins are equal; what lies beyond the outermost edges is counted in the outermost bins. A pair
@@ -38,17 +49,15 @@ def fold(
         first: the examples of the first row and the first column.
         classes: of all examples, (N,) int64.
         splits: of all examples, counted from 0, (N,) int64.
-        zero: whether an example has no gradient, (N,).
+        norms: of all examples' gradients, at true scale, (N,) float64; only those of rows and
+            columns are looked at.
         edges: of the bins, (K + 1,).
         n_splits: S.
         n_classes: C.
-
-    Returns:
-        (n, S, C, 4) and (n, S, 2, K, 4) float64; relation 0 is within a class, 1 between classes;
-        the four are sums of cosine, of sign, pairs with a cosine, pairs.
     """
     n, bins = len(cosine), len(edges) - 1
-    by_class = np.zeros((n, n_splits, n_classes, 4))
+    # Of cosine, sign and cosine · norm, and of the squares of the first and the third.
+    by_group = np.zeros((n, n_splits, n_classes, 5))
     by_distance = np.zeros((n, n_splits, 2, bins, 4))
     scale = bins / float(edges[-1] - edges[0])
 
@@ -60,15 +69,24 @@ def fold(
             (first[0] + start, first[1]),
             classes,
             splits,
-            zero,
+            norms,
             np.float32(edges[0]),
             np.float32(scale),
-            by_class[part],
+            by_group[part],
             by_distance[part],
         )
 
     _in_threads(some, range(0, n, _SHARE))
-    return by_class, by_distance
+    by_class = np.empty((n, n_splits, n_classes, 4))
+    by_class[..., :2] = by_group[..., :2]
+    rows, columns = (slice(k, k + length) for k, length in zip(first, cosine.shape, strict=True))
+    groups = splits[columns] * n_classes + classes[columns]
+    nonzero = [norms[part] != 0 for part in (rows, columns)]
+    everyone = [np.ones_like(of) for of in nonzero]
+    for k, (of_rows, of_columns) in ((2, nonzero), (3, everyone)):
+        _count_pairs(by_class[..., k], of_rows, of_columns, groups, first=first[0] - first[1])
+    squares = np.stack([by_group[..., k].sum(-1) for k in (3, 4)], axis=-1)
+    return Folded(by_class, by_distance, by_group[..., 2], squares)
 
 
 def count_exponents(cosine: np.ndarray, *, diagonal: bool) -> np.ndarray:
@@ -90,6 +108,28 @@ def count_exponents(cosine: np.ndarray, *, diagonal: bool) -> np.ndarray:
     return total
 
 
+def _count_pairs(
+    pairs: np.ndarray, rows: np.ndarray, columns: np.ndarray, groups: np.ndarray, *, first: int
+) -> None:
+    """Count the pairs of each row with the columns of each split and class.
+
+    Labels say how many there are, so that the loop over pairs need not count.
+
+    Args:
+        pairs: where they are written, (n, S, C) float64.
+        rows: which of them count, (n,) bool.
+        columns: which of them count, (m,) bool.
+        groups: split · C + class of the columns, (m,).
+        first: which column is the example of the first row; it may be none.
+    """
+    n_classes = pairs.shape[2]
+    of_group = np.bincount(groups[columns], minlength=pairs[0].size).reshape(pairs.shape[1:])
+    np.multiply(rows[:, None, None], of_group, out=pairs)
+    both = np.arange(max(0, -first), min(len(rows), len(columns) - first))
+    split, label = np.divmod(groups[both + first], n_classes)
+    pairs[both, split, label] -= rows[both]  # self-pairs
+
+
 def _in_threads(work: Callable[[int], None], starts: range) -> None:
     """Run a compiled loop, which holds no lock, on as many threads as torch has."""
     threads = min(torch.get_num_threads(), len(starts))
@@ -108,10 +148,10 @@ def _fold(
     first: tuple[int, int],
     classes: np.ndarray,
     splits: np.ndarray,
-    zero: np.ndarray,
+    norms: np.ndarray,
     low: np.float32,
     scale: np.float32,
-    by_class: np.ndarray,
+    by_group: np.ndarray,
     by_distance: np.ndarray,
 ) -> None:
     n, m = cosine.shape
@@ -120,20 +160,23 @@ def _fold(
         stop = min(start + _SIDE, n)
         for j in range(m):
             column = first[1] + j
-            split, label, column_zero = splits[column], classes[column], zero[column]
+            split, label, norm = splits[column], classes[column], norms[column]
             for i in range(start, stop):
                 row = first[0] + i
                 if row == column:
                     continue
                 k = min(max(np.int64((distance[i, j] - low) * scale), 0), bins - 1)
                 relation = 0 if classes[row] == label else 1
-                known = 0.0 if column_zero or zero[row] else 1.0
+                known = 0.0 if norm == 0 or norms[row] == 0 else 1.0
                 value = known * np.float64(cosine[i, j])
                 sign = np.float64(value > 0) - np.float64(value < 0)
-                by_class[i, split, label, 0] += value
-                by_class[i, split, label, 1] += sign
-                by_class[i, split, label, 2] += known
-                by_class[i, split, label, 3] += 1.0
+                weighted = value * norm
+                # Side by side, for they are in one line of the cache.
+                by_group[i, split, label, 0] += value
+                by_group[i, split, label, 1] += sign
+                by_group[i, split, label, 2] += weighted
+                by_group[i, split, label, 3] += value * value
+                by_group[i, split, label, 4] += weighted * weighted
                 by_distance[i, split, relation, k, 0] += value
                 by_distance[i, split, relation, k, 1] += sign
                 by_distance[i, split, relation, k, 2] += known

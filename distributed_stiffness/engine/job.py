@@ -65,18 +65,20 @@ class _Totals:
 
     def describe(self, predicted: Prediction | None) -> str:
         """One line for people; beside it what was predicted."""
-        seconds = operations = ""
-        if predicted is not None and predicted.seconds is not None:
-            seconds = f" (predicted: {predicted.replicas * predicted.seconds:.3g} s)"
+        seconds = operations = checks = ""
+        if predicted is not None and predicted.tile_seconds is not None:
+            seconds = f" (predicted: {predicted.tile_seconds:.3g} s)"
             operations = f" (predicted: {predicted.operations:.2g})"
+        if predicted is not None and predicted.check_seconds is not None:
+            checks = f" (predicted: {predicted.check_seconds:.3g} s)"
         again = f"; {self.retries} requests to the store were made again" if self.retries else ""
         return (
             f"replicas worked {self.tile_seconds:.3g} s on tiles{seconds}:"
             f" {self.making_seconds:.3g} s of it making {self.gradients:,} gradients,"
             f" {self.write_seconds:.3g} s writing {in_words(self.bytes_written)},"
             f" {self.operations:.2g} floating-point operations{operations}; and"
-            f" {self.check_seconds:.3g} s on checks; peak memory {in_words(self.peak_memory)}"
-            f" each{again}"
+            f" {self.check_seconds:.3g} s on checks{checks}; peak memory"
+            f" {in_words(self.peak_memory)} each{again}"
         )
 
 
@@ -166,7 +168,10 @@ class Job:
         """Say what the rest will take, now that a replica's speed is known."""
         left = 1 - self._tiles.done / max(1, self._tiles.total)
         if left > 0:
-            self._prediction = predict(self.plan, replicas=replicas, speed=speed, left=left)
+            unchecked = self.plan.n_checkpoints - self._checks.done
+            self._prediction = predict(
+                self.plan, replicas=replicas, speed=speed, left=left, unchecked=int(unchecked)
+            )
             self.progress.say(self._prediction.describe())
 
     # Events

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from distributed_stiffness.analysis.sums import SUMS
 from distributed_stiffness.data.selection import StudyData, select
 from distributed_stiffness.engine.job import Job
 from distributed_stiffness.engine.lease import Lease
 from distributed_stiffness.engine.prediction import Speed
-from distributed_stiffness.engine.speed import measure
-from distributed_stiffness.engine.sums import bin_edges, splits_of
+from distributed_stiffness.engine.speed import measure, measure_checks
+from distributed_stiffness.engine.sums import Folding, bin_edges, bytes_of_sums
 from distributed_stiffness.errors import StudyError
 from distributed_stiffness.factories import import_loss
 from distributed_stiffness.gradients.batches import Nest, call, from_numpy
@@ -123,12 +122,16 @@ class Prepared:
         return plan.tiling.chunks(first, last)
 
     def speed(self, plan: Plan) -> Speed:
-        """Measure how fast this process makes and multiplies gradients.
+        """Measure how fast this process makes tiles and checks.
 
-        In float64 too, so that its cost is known before it is chosen.
+        Gradients in float64 too, so that their cost is known before they are chosen.
         """
         examples = _examples(self.data, slice(0, min(plan.batch, plan.n_examples)))
-        speed = measure(self.gradients.with_factored(plan.factored), examples, plan)
+        folding = None if self._edges is None else Folding(self.data, self._edges())
+        gradients = self.gradients.with_factored(plan.factored)
+        speed = measure(gradients, examples, plan, folding)
+        labels = np.array(self.data.examples.labels)
+        speed = replace(speed, checks=measure_checks(gradients, examples, plan, labels, speed))
         if self.study.gradients.precision == "float64":
             return speed
         exact = PerExampleGradients(
@@ -139,7 +142,7 @@ class Prepared:
             precision="float64",
             factored=plan.factored,
         )
-        return replace(speed, exact=measure(exact, examples, plan))
+        return replace(speed, exact=measure(exact, examples, plan, folding))
 
     def plan(self, memory: int, device: str) -> Plan:
         """Fit the tiles into replicas of `memory` bytes; a store that is there keeps its plan.
@@ -160,9 +163,7 @@ class Prepared:
             device=device,
         )
         if study.keep == "sums":
-            columns = self.data.labelled.n_classes + 2 * study.distance_bins
-            sums = 8 * len(SUMS) * columns * len(splits_of(self.data))
-            plan = replace(plan, sums_bytes=sums)
+            plan = replace(plan, sums_bytes=bytes_of_sums(self.data, study.distance_bins))
         return stored_plan(url, plan)
 
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,23 +19,27 @@ from torch import Tensor, nn
 
 from distributed_stiffness.checkpoints import Checkpoints
 from distributed_stiffness.data.selection import StudyData
+from distributed_stiffness.engine.checks import (
+    classes_of_whole_matrix,
+    n_undecided,
+    sample_memory,
+)
 from distributed_stiffness.engine.prediction import Speed
-from distributed_stiffness.engine.speed import measure
+from distributed_stiffness.engine.speed import measure, measure_checks
 from distributed_stiffness.engine.sums import Folding, pair_reader, rounded_up
 from distributed_stiffness.engine.whole_matrix import (
     ClassMeans,
     ClassSums,
-    classes_to_check,
     is_checked_whole,
 )
 from distributed_stiffness.errors import GradientError
 from distributed_stiffness.factories import import_loss
 from distributed_stiffness.gradients.batches import Nest, from_numpy, map_tensors
-from distributed_stiffness.gradients.error_bound import HALF, error_bound, sample_examples
+from distributed_stiffness.gradients.error_bound import error_bound, sample_examples
 from distributed_stiffness.gradients.gram import Rows, collect, cosine, folded_product
 from distributed_stiffness.gradients.per_example import PerExampleGradients
 from distributed_stiffness.gradients.reference import Reference
-from distributed_stiffness.plan import BLOCK_SHARE, ROWS_SHARE, Plan
+from distributed_stiffness.plan import ROWS_SHARE, Plan
 from distributed_stiffness.store import Store, training_run
 from distributed_stiffness.study import Study
 from distributed_stiffness.tiling import Checkpoint, Task, Tile, pieces
@@ -83,7 +87,7 @@ class _Work:
     gradients: int = 0
     pairs: int = 0
     bytes_written: int = 0
-    zero: np.ndarray | None = None  # examples without a gradient, among those at hand
+    norms: np.ndarray | None = None  # of the gradients at hand, (N,); NaN: of others
     class_means: ClassMeans | None = None
 
 
@@ -149,7 +153,7 @@ class Replica:
         )
 
     def measure(self) -> Speed | None:
-        """Measure what gradients and their products take, on a network before training.
+        """Measure what tiles and checks take, on a network before training.
 
         None where memory runs out: the first task finds the blocks that fit.
         """
@@ -157,7 +161,10 @@ class Replica:
             model = build_model(self.study, self.data, self.study.training.seeds[0])
             few = slice(0, min(self.plan.batch, self.plan.n_examples))
             gradients = self._per_example(model.to(self.device))
-            return measure(gradients, self._examples(few), self.plan)
+            speed = measure(gradients, self._examples(few), self.plan, self._folding)
+            labels = np.array(self.data.examples.labels)
+            checks = measure_checks(gradients, self._examples(few), self.plan, labels, speed)
+            return replace(speed, checks=checks)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -203,7 +210,7 @@ class Replica:
             return cosine(rows, columns, gradients.precision)
 
         if self._folding is not None:
-            self._work.zero = np.zeros(self.plan.n_examples, dtype=bool)
+            self._work.norms = np.full(self.plan.n_examples, np.nan)
         if task.column in task.rows:
             self._work.examples = self._numbers_of_examples(task, make)
         self._tiles(task, make, product)
@@ -240,10 +247,7 @@ class Replica:
             targets,
             sample.cosines,
             names=list(gradients.parameters),
-            # Four blocks of the sample at least, so that a large network's are not made too often.
-            memory=min(
-                int(BLOCK_SHARE * self.plan.memory), max(2**28, HALF * 8 * gradients.n_parameters)
-            ),
+            memory=sample_memory(self.plan, gradients.n_parameters),
         )
         sums = self._class_sums(checkpoint, gradients.n_parameters)
         bound, undecided = self._undecided(checkpoint, bound, sums)
@@ -287,8 +291,7 @@ class Replica:
         tiling, undecided = self.plan.tiling, 0
         for i, j in tiling.upper():
             tile = self.store.read("cosine", checkpoint, tiling.examples(i), tiling.examples(j))
-            below = (np.abs(tile) < bound) & (tile != 0)  # exactly 0: a gradient is zero
-            undecided += int(np.triu(below, 1).sum() if i == j else below.sum())
+            undecided += n_undecided(tile, bound, diagonal=i == j)
             if sums is not None:
                 sums.add(tiling.examples(i), tiling.examples(j), tile)
         return bound, undecided
@@ -298,13 +301,7 @@ class Replica:
         if not is_checked_whole(self.study, checkpoint):
             return None
         labels = np.array(self.data.examples.labels)
-        classes = classes_to_check(
-            labels,
-            n_parameters=n_parameters,
-            n_checkpoints=self.plan.n_checkpoints,
-            memory=int(BLOCK_SHARE * self.plan.memory),
-        )
-        return ClassSums(labels, classes)
+        return ClassSums(labels, classes_of_whole_matrix(self.plan, labels, n_parameters))
 
     def _compared(self, sums: ClassSums, checkpoint: Checkpoint, bound: float) -> ClassMeans:
         """Compare means over all pairs of a checkpoint's classes with those that need no pairs.
@@ -357,21 +354,21 @@ class Replica:
         for group in _groups(strips, plan.panel_rows // plan.strip):
             held = [(row, strip, self._rows(task, strip, make)) for row, strip in group]
             for row, strip, rows in held:
-                self._note_zeros(strip, rows)
+                self._note_norms(strip, rows)
                 if row == task.column:  # a product with itself is known to be symmetric
                     fill(row, strip, strip, product(rows, rows))
             for across in pieces(columns, plan.strip):
                 # Neither what lies below the diagonal nor what is on it.
                 wanting = [h for h in held if h[0] != task.column or across.start >= h[1].stop]
                 for block, block_rows in self._blocks(task, across, make) if wanting else ():
-                    self._note_zeros(block, block_rows)
+                    self._note_norms(block, block_rows)
                     for row, strip, rows in wanting:
                         fill(row, strip, block, product(rows, block_rows))
         self._work.tiles = {row: values.numpy() for row, values in tiles.items()}
 
-    def _note_zeros(self, examples: slice, rows: Rows) -> None:
-        if self._work.zero is not None:
-            self._work.zero[examples] = (rows.norm == 0).cpu().numpy()
+    def _note_norms(self, examples: slice, rows: Rows) -> None:
+        if self._work.norms is not None:
+            self._work.norms[examples] = rows.norm.cpu().numpy()
 
     def _rows(self, task: Task, strip: slice, make: MakeRows) -> Rows:
         """Return the rows of a strip, from memory if they are held."""
@@ -419,15 +416,15 @@ class Replica:
         self, checkpoint: Checkpoint, tile: Tile, cosine: np.ndarray, work: _Work
     ) -> None:
         assert self._folding is not None
-        assert work.zero is not None
+        assert work.norms is not None
         tiling = self.plan.tiling
         rows, columns = map(tiling.examples, tile)
         for place, sums in zip(
-            (tile, tile[::-1]), self._folding.tile(rows, columns, cosine, work.zero), strict=True
+            (tile, tile[::-1]), self._folding.tile(rows, columns, cosine, work.norms), strict=True
         ):
             if sums is not None:
                 self.store.write_sums(checkpoint, place, tiling, sums)
-                work.bytes_written += sums.class_sums.nbytes + sums.distance_sums.nbytes
+                work.bytes_written += sums.nbytes
 
     # What a checkpoint needs
 

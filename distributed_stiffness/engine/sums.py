@@ -1,8 +1,8 @@
 """What a study that keeps sums writes in place of a tile (docs/design/0007-sums.md).
 
-A tile (I, J) becomes sums over the pairs of each example of I with those of J, by class and by
-distance, and a count of its pairs near zero. Each has one place in the store, so that a tile which
-is done twice is written twice and counted once.
+A tile (I, J) becomes sums over the pairs of each example of I with those of J (of cosines by class
+and by distance, of cosines times norms, of squares), and a count of its pairs near zero. Each has
+one place in the store, so that a tile which is done twice is written twice and counted once.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distributed_stiffness.analysis.products import KERNELS
+from distributed_stiffness.analysis.reduced import RELATIONS
+from distributed_stiffness.analysis.sums import SUMS
 from distributed_stiffness.data.selection import StudyData
-from distributed_stiffness.engine.folding import count_exponents, fold
+from distributed_stiffness.engine.folding import Folded, count_exponents, fold
 from distributed_stiffness.errors import StudyError
 from distributed_stiffness.gradients.gram import folded_product
 from distributed_stiffness.store import EXPONENTS
@@ -31,7 +34,34 @@ class TileSums:
 
     class_sums: np.ndarray  # (i, splits, C, S) float64
     distance_sums: np.ndarray  # (i, splits, r, k, S) float64
+    weighted_sums: np.ndarray  # (i, splits, C) float64
+    square_sums: np.ndarray  # (i, splits, kernels) float64
     near_zero: np.ndarray  # (exponents,) int64, pairs with 0 < |cosine| < 2**exponent, once each
+
+    @classmethod
+    def of(cls, folded: Folded, near_zero: np.ndarray) -> TileSums:
+        """Give sums their names in the store."""
+        return cls(
+            class_sums=folded.by_class,
+            distance_sums=folded.by_distance,
+            weighted_sums=folded.weighted,
+            square_sums=folded.squares,
+            near_zero=near_zero,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums, as `bytes_of_sums` counts them."""
+        sums = (self.class_sums, self.distance_sums, self.weighted_sums, self.square_sums)
+        return sum(array.nbytes for array in sums)
+
+
+def bytes_of_sums(data: StudyData, bins: int) -> int:
+    """Return the bytes that one example's sums over one tile's columns take."""
+    n_classes = data.labelled.n_classes
+    by_class_and_distance = len(SUMS) * (n_classes + len(RELATIONS) * bins)
+    numbers = by_class_and_distance + n_classes + len(KERNELS)
+    return 8 * numbers * len(splits_of(data))
 
 
 class Folding:
@@ -54,7 +84,7 @@ class Folding:
         )
 
     def tile(
-        self, rows: slice, columns: slice, cosine: np.ndarray, zero: np.ndarray
+        self, rows: slice, columns: slice, cosine: np.ndarray, norms: np.ndarray
     ) -> tuple[TileSums, TileSums | None]:
         """Return what is kept of a tile (I, J), and of its mirror (J, I) if it is another.
 
@@ -62,25 +92,26 @@ class Folding:
             rows: examples of I.
             columns: examples of J.
             cosine: (i, j) float32, finite.
-            zero: examples without a gradient, (N,).
+            norms: of the gradients of all examples, (N,) float64; only those of I and J are looked
+                at.
         """
         X, Y = (self._unit_inputs(part.start, part.stop) for part in (rows, columns))
         distance = (1 - X @ Y.T).numpy()
         near_zero = count_near_zero(cosine, diagonal=rows == columns)
-        tile = TileSums(*self._folded(cosine, distance, (rows, columns), zero), near_zero)
+        tile = TileSums.of(self._folded(cosine, distance, (rows, columns), norms), near_zero)
         if rows == columns:
             return tile, None
-        mirror = self._folded(cosine.T, distance.T, (columns, rows), zero)
+        mirror = self._folded(cosine.T, distance.T, (columns, rows), norms)
         # Each pair is counted once.
-        return tile, TileSums(*mirror, np.zeros_like(near_zero))
+        return tile, TileSums.of(mirror, np.zeros_like(near_zero))
 
     def _folded(
         self,
         cosine: np.ndarray,
         distance: np.ndarray,
         tile: tuple[slice, slice],
-        zero: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray]:
+        norms: np.ndarray,
+    ) -> Folded:
         rows, columns = tile
         return fold(
             cosine,
@@ -88,7 +119,7 @@ class Folding:
             first=(rows.start, columns.start),
             classes=self._classes,
             splits=self._splits,
-            zero=zero,
+            norms=norms,
             edges=self.edges,
             n_splits=len(self.splits),
             n_classes=self.n_classes,

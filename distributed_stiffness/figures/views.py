@@ -170,8 +170,8 @@ VIEWS: Mapping[str, View] = {
         View(
             name="neighbours",
             title="Neighbouring measures over training",
-            caption="Gradient coherence, m-coherence, diversity, signal to noise, confusion,"
-            " effective rank and alignment with the labels, from the same matrix. Solid lines are"
+            caption="Gradient coherence, m-coherence, diversity, signal to noise, effective rank,"
+            " alignment with the labels, and confusion where pairs are stored. Solid lines are"
             " of products of gradients, as their authors define them, in which large gradients"
             " count for more; dashed ones of cosines. Where the two part, a few examples with large"
             " gradients decide.",

@@ -30,10 +30,15 @@ from distributed_stiffness.gradients.nearest import (
     nearest_pairs,
 )
 
-# A unit is near a kink if it is no farther than this, measured in the root mean square of its
-# example's arguments in that call: twice the farthest that float32 was seen to put on the wrong
-# side (3.4e-7, ResNet-20). Near ones cost a forward pass in float64, of 2 to 12 % of the examples.
-NEAR = 7e-7
+# A unit is near a kink if it is no farther than so many times what rounding has moved the units of
+# that call by, both root mean squares: of normal errors 1 in 1,000 that change a side come from
+# farther, and none of 21 that were seen came from farther than 1.6 (ResNet-18 and 20). Near ones
+# cost a forward pass in float64, of 2 to 15 % of the examples.
+FARTHEST = 3.0
+# What rounding moves units by is measured, as a share of their size: 1e-7 in the first layer of a
+# network, 7e-7 in the last of ResNet-20, 3e-6 in that of ResNet-18. Never less than the first, and
+# where it was not measured it is taken to be the second.
+_LEAST, _TYPICAL = 6e-8, 2.5e-7
 # So many units of an example may be exactly at a kink by chance, as where a sum cancels; more are
 # so by construction, in every precision: a region that is black, a channel that is dead.
 FEW = 8
@@ -66,9 +71,11 @@ class Kinks(TorchFunctionMode):
 
     Args:
         n: examples.
+        rounding: what rounding moves the units of each call by, as `Rounding` measures it.
     """
 
     n: int
+    rounding: Sequence[float] = ()
     calls: list[Near | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -90,8 +97,10 @@ class Kinks(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _look(self, sides: Sides) -> None:
+        is_known = len(self.calls) < len(self.rounding)
+        rounding = self.rounding[len(self.calls)] if is_known else _TYPICAL
         is_watched = sides.x.dim() > 1 and len(sides.x) == self.n
-        self.calls.append(near(sides) if is_watched else None)
+        self.calls.append(near(sides, FARTHEST * rounding) if is_watched else None)
 
     def examples(self) -> Tensor:
         """Return the examples with a unit near a kink, (k,) int64, ascending."""
@@ -114,13 +123,47 @@ class KinksAgain(Kinks):
     def _look(self, sides: Sides) -> None:
         noted = next(self._noted, None)
         if noted is not None and len(sides.x) == self.n:
-            rows = torch.searchsorted(self._examples, noted.examples)
-            now = sides.of(rows)[torch.arange(len(rows), device=rows.device), noted.units]
+            of_each, where = torch.unique(noted.examples, return_inverse=True)
+            rows = torch.searchsorted(self._examples, of_each)
+            now = sides.of(rows)[where, noted.units]
             self._changed.append(noted.examples[now != noted.sides])
 
     def examples(self) -> Tensor:
         """Return the examples in which a unit is on another side than was noted, ascending."""
         return _all(self._changed)
+
+
+class Rounding(Kinks):
+    """Keep what calls with a kink are given, so that two passes can be compared.
+
+    Args:
+        n: examples.
+    """
+
+    def __init__(self, n: int) -> None:
+        super().__init__(n)
+        self._given: list[Tensor] = []
+
+    def _look(self, sides: Sides) -> None:
+        self._given.append(sides.x.to(torch.float64, copy=True))  # it may be overwritten
+
+    @property
+    def has_looked(self) -> bool:
+        """Whether there was such a call."""
+        return bool(self._given)
+
+    def against(self, exact: Rounding) -> tuple[float, ...]:
+        """Return what rounding has moved the units of each call by, as a share of their size.
+
+        Both are root mean squares, over all units of all examples. `_LEAST` where nothing was
+        moved, or where a size is not finite.
+        """
+        return tuple(
+            max(_LEAST, float(torch.dist(x, true) / torch.linalg.vector_norm(true)))
+            if x.shape == true.shape and float(torch.linalg.vector_norm(true)) > 0
+            else _LEAST
+            for x, true in zip(self._given, exact._given, strict=False)
+        )
 
 
 def _all(parts: Sequence[Tensor]) -> Tensor:
@@ -131,11 +174,14 @@ def _all(parts: Sequence[Tensor]) -> Tensor:
     return found
 
 
-def near(sides: Sides) -> Near:
-    """Return the units of a call that are within rounding of its kink."""
+def near(sides: Sides, share: float) -> Near:
+    """Return the units of a call that are within a share of their size of its kink.
+
+    The size is the root mean square of the units of an example.
+    """
     found = sides.nearest()
     norm = torch.linalg.vector_norm(in_memory_order(sides.x), dim=1)
-    limit = NEAR * norm / max(1, sides.x[0].numel()) ** 0.5
+    limit = share * norm / max(1, sides.x[0].numel()) ** 0.5
     by_chance = (found.on_it > 0) & (found.on_it <= FEW)
     rows = ((found.distance < limit) | by_chance).nonzero().flatten()
     part = sides.distance(rows).flatten(1).abs()

@@ -37,7 +37,7 @@ from distributed_stiffness.gradients.batches import (
 from distributed_stiffness.gradients.capture import Capture, Captured, Source
 from distributed_stiffness.gradients.decompositions import TakenApart
 from distributed_stiffness.gradients.gram import Factors, Rows, unit_rows
-from distributed_stiffness.gradients.kinks import Kinks, KinksAgain
+from distributed_stiffness.gradients.kinks import Kinks, KinksAgain, Rounding
 from distributed_stiffness.gradients.layout import PLAIN
 from distributed_stiffness.gradients.loss_head import (
     Loss,
@@ -101,6 +101,7 @@ class PerExampleGradients:
             self.model, self._image_format = _channels_last(model, sample[0])
         self._bind(in_play)
         self._writes_inputs = False
+        self._sample: tuple[Nest, Nest] = take(sample, slice(3))
         self.recipe = self._read_recipe(*sample)
         if factored is not None:
             self.recipe = self.recipe.with_factored(factored)
@@ -165,7 +166,7 @@ class PerExampleGradients:
         """Return rows over the parameters of each recipe, from one pass; see `rows`."""
         targets = self._on_device(targets)
         with full_float32():
-            kinks = Kinks(count_examples(inputs)) if self._is_rounded else None
+            kinks = Kinks(count_examples(inputs), self._rounding) if self._is_rounded else None
             found = self._by_recipe(self._prepared(inputs), targets, kinks)
             rooms: Sequence[Rows | None] = into or [None] * len(recipes)
             made = [self._rows(found, *both) for both in zip(recipes, rooms, strict=True)]
@@ -192,10 +193,8 @@ class PerExampleGradients:
         if not len(near):
             return
         exact = self._in_float64
-        few = exact._prepared(take(inputs, near)), take(targets, near)
-        with torch.no_grad(), KinksAgain(kinks.calls, near) as again:
-            args, kwargs = exact._arguments(*few)
-            exact._network.module(*args, **kwargs)
+        with KinksAgain(kinks.calls, near) as again:
+            exact._run(take(inputs, near), take(targets, near))
         wrong = again.examples()
         if not len(wrong):
             return
@@ -203,6 +202,25 @@ class PerExampleGradients:
         for rows, true in zip(made, true_rows, strict=True):
             for target, source in zip(rows.tensors(), true.tensors(), strict=True):
                 target[wrong] = source
+
+    @functools.cached_property
+    def _rounding(self) -> tuple[float, ...]:
+        """What rounding moves the arguments of each call with a kink by (kinks.py)."""
+        n = count_examples(self._sample[0])
+        with Rounding(n) as rounded:
+            self._run(*self._sample)
+        if not rounded.has_looked:
+            return ()
+        with Rounding(n) as exact:
+            self._in_float64._run(*self._sample)
+        found: tuple[float, ...] = rounded.against(exact)
+        return found
+
+    @torch.no_grad()
+    def _run(self, inputs: Nest, targets: Nest) -> None:
+        """Make a forward pass."""
+        args, kwargs = self._arguments(self._prepared(inputs), self._on_device(targets))
+        self._network.module(*args, **kwargs)
 
     @functools.cached_property
     def _in_float64(self) -> PerExampleGradients:

@@ -2,23 +2,31 @@
 
 No pair is stored, so none can be compared. With the unit gradient u of a sampled example and the
 sum U of those of a class in a part of the others, the sum of its cosines with them is u·U, which is
-one backward pass (`Reference.unit_sum`). Signs and distances are looked at pair by pair, those of
-the sampled examples with one part that is drawn for each checkpoint.
+one backward pass (`Reference.unit_sum`). Signs, distances, squares and sums weighted with norms are
+looked at pair by pair, those of the sampled examples with one part that is drawn for each
+checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from distributed_stiffness.analysis.pairs import CLASS_SUMS, DISTANCE_SUMS, OTHER_SPLIT
+from distributed_stiffness.analysis.pairs import (
+    CLASS_SUMS,
+    DISTANCE_SUMS,
+    OTHER_SPLIT,
+    SQUARE_SUMS,
+    SUMS_DIMS,
+    WEIGHTED_SUMS,
+)
 from distributed_stiffness.checkpoints import METRICS
 from distributed_stiffness.engine.sums import bin_edges, splits_of
 from distributed_stiffness.gradients.reference import Reference
-from distributed_stiffness.store import EXPONENTS
+from distributed_stiffness.store import EXPONENTS, training_run
 from distributed_stiffness.tiling import Checkpoint, Tile
 from distributed_stiffness.verify.look import Look, Tiles, lead
 from distributed_stiffness.verify.numbers import Wrong, tolerance
@@ -28,19 +36,24 @@ from distributed_stiffness.verify.tile_sums import (
     Labels,
     Rows,
     Sums,
+    asymmetry_of_squares,
     asymmetry_of_sums,
+    asymmetry_of_weighted,
     disagreement,
+    not_finite,
     wrong_cosine_sums,
     wrong_counts,
     wrong_distance_counts,
     wrong_near_zero,
     wrong_rows,
+    wrong_rows_of_kernels,
+    wrong_squares,
     wrong_sums,
 )
 
 NEAR_ZERO = "near_zero"
-# Dims of a chunk that lie whole in it: of sums by class, and by distance.
-_WHOLE = {CLASS_SUMS: (0, 0, 0), DISTANCE_SUMS: (0, 0, 0, 0), NEAR_ZERO: (0,)}
+# Dims of a chunk that lie whole in it: the split of the other example, and those of the sums.
+_WHOLE = {name: (0,) * (1 + len(dims)) for name, dims in SUMS_DIMS.items()} | {NEAR_ZERO: (0,)}
 
 
 @dataclass(kw_only=True)
@@ -50,6 +63,10 @@ class _Rows(Tiles):
     sampled: np.ndarray  # (n,) positions, ascending
     by_class: np.ndarray  # (n, parts, S, C, 4)
     by_distance: np.ndarray  # (n, parts, S, R, K, 4)
+    weighted: np.ndarray  # (n, parts, S, C)
+    squares: np.ndarray  # (n, parts, S, 2)
+    # Of tiles with norms, which may be what is wrong: they are looked at first.
+    disagreements: list[tuple[str, Tile, Wrong]] = field(default_factory=list)
 
 
 class LookAtSums(Look[_Rows]):
@@ -58,8 +75,7 @@ class LookAtSums(Look[_Rows]):
     variables = (
         "undecided",
         "correct",
-        CLASS_SUMS,
-        DISTANCE_SUMS,
+        *SUMS_DIMS,
         NEAR_ZERO,
         "gradient_norm",
         "loss",
@@ -75,7 +91,7 @@ class LookAtSums(Look[_Rows]):
         """There is no matrix of them."""
 
     def _is_filled(self, name: str, checkpoint: Checkpoint | None, tail: tuple[int, ...]) -> bool:
-        if name not in (DISTANCE_SUMS, NEAR_ZERO):
+        if name not in _WHOLE or name == CLASS_SUMS:
             return super()._is_filled(name, checkpoint, tail)
         i, j = tail[:2] if name == NEAR_ZERO else tail[1::-1]
         return (*lead(checkpoint), *chunk_of_tile(CLASS_SUMS, (i, j))) not in self._there[
@@ -114,35 +130,49 @@ class LookAtSums(Look[_Rows]):
         self, checkpoint: Checkpoint, columns: Mapping[str, np.ndarray], bound: float
     ) -> _Rows:
         sampled, n = self._sampled(checkpoint), self.tiling.n_chunks
-        by_class, by_distance = (
-            np.full((len(sampled), n, *self._shapes[name]), np.nan)
-            for name in (CLASS_SUMS, DISTANCE_SUMS)
+        unknown = {
+            name: np.full((len(sampled), n, *shape), np.nan) for name, shape in self._shapes.items()
+        }
+        rows = _Rows(
+            sampled=sampled,
+            by_class=unknown[CLASS_SUMS],
+            by_distance=unknown[DISTANCE_SUMS],
+            weighted=unknown[WEIGHTED_SUMS],
+            squares=unknown[SQUARE_SUMS],
         )
-        rows = _Rows(sampled=sampled, by_class=by_class, by_distance=by_distance)
+        norms = columns["gradient_norm"]
         near_zero = np.zeros(len(EXPONENTS), dtype=np.int64)
         for i, j in self.tiling.upper():
             tiles = {(i, j), (j, i)}
-            read = {t: self._tile(checkpoint, t, columns["gradient_norm"], bound) for t in tiles}
+            read = {t: self._tile(checkpoint, t, norms, bound) for t in tiles}
             self._tiles.advance(len(tiles))
             sound = {tile: sums for tile, sums in read.items() if sums is not None}
             if len(sound) < len(tiles) or not self._is_symmetric(checkpoint, (i, j), sound):
                 rows.is_sound = False
                 continue
+            rows.disagreements += self._disagreements_with_norms((i, j), sound, norms)
             for (a, b), sums in sound.items():
                 here = places_in(sampled, a, self.tiling)
                 at = sampled[here] - self.tiling.examples(a).start
-                rows.by_class[here, b] = sums.by_class[at]
-                rows.by_distance[here, b] = sums.by_distance[at]
+                for part in ("by_class", "by_distance", "weighted", "squares"):
+                    getattr(rows, part)[here, b] = getattr(sums, part)[at]
                 near_zero += sums.near_zero
+        if not self._is_made_again(checkpoint):
+            self._say_disagreements(checkpoint, rows, norms)
         if not np.isnan(bound):
             rows.undecided += self._below(bound, near_zero)
         return rows
+
+    def _is_made_again(self, checkpoint: Checkpoint) -> bool:
+        """Whether tiles will be compared with what data and checkpoint give."""
+        there = self.folder.exists(*training_run(self.study, checkpoint))
+        return self.source is not None and there and self._is_begun(checkpoint)
 
     @property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Of what an example has in one part."""
         arrays = self.store.group
-        return {name: arrays[name].shape[5:] for name in (CLASS_SUMS, DISTANCE_SUMS)}  # type: ignore[union-attr]
+        return {name: arrays[name].shape[5:] for name in SUMS_DIMS}  # type: ignore[union-attr]
 
     def _below(self, bound: float, near_zero: np.ndarray) -> np.ndarray:
         """Return the pairs below a bound, which is a power of two: at least and at most."""
@@ -165,8 +195,8 @@ class LookAtSums(Look[_Rows]):
         """Read what is kept of (I, J); None: it is not there, or something is wrong with it."""
         (i, j), allowed = tile, tolerance(bound)
         rows = self.tiling.examples(i)
-        by_class, by_distance, near_zero = (
-            self._sums(name, checkpoint, tile) for name in (CLASS_SUMS, DISTANCE_SUMS, NEAR_ZERO)
+        by_class, by_distance, weighted, squares, near_zero = (
+            self._sums(name, checkpoint, tile) for name in (*SUMS_DIMS, NEAR_ZERO)
         )
 
         def is_right(name: str, wrong: Wrong | None) -> bool:
@@ -182,6 +212,9 @@ class LookAtSums(Look[_Rows]):
             and is_right(DISTANCE_SUMS, self._disagreement(tile, by_class, by_distance))
         ):
             by_distance = None
+        for name, sums in ((WEIGHTED_SUMS, weighted), (SQUARE_SUMS, squares)):
+            if sums is not None and not is_right(name, not_finite(sums, rows.start)):
+                return None
         if near_zero is not None and not is_right(
             NEAR_ZERO,
             wrong_near_zero(near_zero, by_class, diagonal=i == j, below=i > j, tolerance=allowed),
@@ -189,7 +222,12 @@ class LookAtSums(Look[_Rows]):
             near_zero = None
         if by_class is None or by_distance is None or near_zero is None:
             return None
-        return Sums(by_class, by_distance, near_zero)
+        if weighted is None or squares is None:
+            return None
+        wrong = wrong_squares(squares, by_class, weighted, rows.start, tolerance=allowed)
+        if not is_right(SQUARE_SUMS, wrong):
+            return None
+        return Sums(by_class, by_distance, weighted, squares, near_zero)
 
     def _sums(self, name: str, checkpoint: Checkpoint, tile: Tile) -> np.ndarray | None:
         values = self._chunk(*self._place(name, checkpoint, tile))
@@ -225,6 +263,31 @@ class LookAtSums(Look[_Rows]):
         wrong = asymmetry_of_sums(sums[tile], sums[tile[::-1]], rows, columns, self._labels)
         return self._is_right(wrong, *self._place(CLASS_SUMS, checkpoint, tile))
 
+    def _disagreements_with_norms(
+        self, tile: Tile, sums: Mapping[Tile, Sums], norms: np.ndarray
+    ) -> Iterator[tuple[str, Tile, Wrong]]:
+        """Compare both sides of a tile in what norms are the weights of."""
+        if self._labels is None:
+            return
+        here, there = sums[tile], sums[tile[::-1]]
+        rows, columns = map(self.tiling.examples, tile)
+        for name, asymmetry in (
+            (WEIGHTED_SUMS, asymmetry_of_weighted),
+            (SQUARE_SUMS, asymmetry_of_squares),
+        ):
+            wrong = asymmetry(here, there, rows, columns, self._labels, norms)
+            if wrong is not None:
+                yield name, tile, wrong
+
+    def _say_disagreements(
+        self, checkpoint: Checkpoint, tiles: _Rows, norms: np.ndarray, but: Collection[Tile] = ()
+    ) -> None:
+        """Report what disagrees with norms that are right, of all tiles but some."""
+        for name, tile, (kind, sentence) in tiles.disagreements:
+            known = all(not np.isnan(norms[self.tiling.examples(part)]).any() for part in tile)
+            if known and not {tile, tile[::-1]} & set(but):
+                self._fault(kind, sentence, *self._place(name, checkpoint, tile))
+
     # Computing again
 
     def _compare_tiles(
@@ -258,6 +321,8 @@ class LookAtSums(Look[_Rows]):
         cosines = again.cosines(tiles.sampled, self.tiling.examples(drawn))
         for j in range(self.tiling.n_chunks):
             self._compare_rows(checkpoint, tiles, j, cosines if j == drawn else None, wrong, bound)
+        self._compare_kernels(checkpoint, tiles, drawn, cosines, again.norms, wrong, bound)
+        self._say_disagreements(checkpoint, tiles, again.norms, but=wrong)
         known = ~np.isnan(tiles.by_class[..., 0])
         self.found.checked["sums computed again"] += int(known.sum())
 
@@ -330,6 +395,34 @@ class LookAtSums(Look[_Rows]):
                     bound=bound,
                 )
             for name, sentence in ((CLASS_SUMS, of_class), (DISTANCE_SUMS, of_distance)):
+                if sentence is not None:
+                    self._fault("differs", sentence, *self._place(name, checkpoint, (i, part)))
+
+    def _compare_kernels(
+        self,
+        checkpoint: Checkpoint,
+        tiles: _Rows,
+        part: int,
+        cosines: np.ndarray,
+        norms: np.ndarray,
+        wrong: set[Tile],
+        bound: float,
+    ) -> None:
+        """Compare sums weighted with norms, and sums of squares, of the part made pair by pair."""
+        assert self._labels is not None
+        columns = self.tiling.examples(part)
+        for i, here in self._known_rows(tiles, part):
+            if (i, part) in wrong:
+                continue
+            found = wrong_rows_of_kernels(
+                tiles.weighted[here, part],
+                tiles.squares[here, part],
+                Rows(self._labels, columns, tiles.sampled[here]),
+                cosines=cosines[here],
+                norms=norms[columns],
+                bound=bound,
+            )
+            for name, sentence in zip((WEIGHTED_SUMS, SQUARE_SUMS), found, strict=True):
                 if sentence is not None:
                     self._fault("differs", sentence, *self._place(name, checkpoint, (i, part)))
 

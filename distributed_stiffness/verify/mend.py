@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 
-from distributed_stiffness.analysis.pairs import CLASS_SUMS, DISTANCE_SUMS
+from distributed_stiffness.analysis.pairs import CLASS_SUMS, SQUARE_SUMS, SUMS_DIMS, WEIGHTED_SUMS
 from distributed_stiffness.checkpoints import Checkpoints
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.store import WHOLE_MATRIX_CHECK, Store, training_run
@@ -18,7 +18,8 @@ from distributed_stiffness.verify.recompute import Source
 # What a run takes for a sign that something else is there goes first: a repair that is cut off
 # leaves no hole that nobody fills.
 _FIRST = ("undecided", "error_bound", "correct", CLASS_SUMS)
-_SUMS = (CLASS_SUMS, DISTANCE_SUMS, NEAR_ZERO)
+_SUMS = (*SUMS_DIMS, NEAR_ZERO)
+_OF_NORMS = (WEIGHTED_SUMS, SQUARE_SUMS)
 
 
 def take_out(
@@ -65,7 +66,8 @@ def chunks_of(fault: Fault) -> Iterator[str]:
             for name, tile in itertools.product(_SUMS, ((i, j), (j, i))):
                 yield _key(name, (*at, *chunk_of_tile(name, tile)))
         yield from (_key(name, at) for name in ("undecided", "error_bound"))
-        if fault.kind == "zero gradient":  # the norms may be what is wrong
+        compared = fault.array in _OF_NORMS and fault.kind == "inconsistent"
+        if compared or fault.kind == "zero gradient":  # the norms may be what is wrong
             yield from (_key("correct", (*at, chunk)) for chunk in (i, j))
     elif fault.array == "distance":
         i, j = map(int, fault.chunk.split("/")[-2:])

@@ -1,7 +1,8 @@
 """Whether the sums of a tile can be what they say they are, and the same from float64. Pure.
 
 Axis letters: N rows of a tile (I, J), S splits and C classes of its columns, R relations, K bins of
-distances; last, what is summed: cosines, signs, pairs in the cosines, pairs.
+distances; last, what is summed: cosines, signs, pairs in the cosines, pairs; or of which kernel the
+squares are: of cosines, and of cosines times the norm of the column.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import numpy as np
 from distributed_stiffness.analysis.sums import SUMS
 from distributed_stiffness.store import EXPONENTS
 from distributed_stiffness.verify.numbers import Wrong
-from distributed_stiffness.verify.recompute import DISTANCE, SINGLE, allowed_error
+from distributed_stiffness.verify.recompute import ANY, DISTANCE, MOST, SINGLE, allowed_error
 
 _COSINE, _SIGN, _COSINE_PAIRS, _PAIRS = range(len(SUMS))
 # Sums of the same float64 numbers in another order, for each pair in them; and of a few.
 _ROUNDING, _SMALLEST = 1e-12, 1e-11
 # Signs that float32 may turn: of most examples so many of their pairs, of any one SINGLE.
 _TURNED = 0.01
+_SMALLEST_NORM = 1e-150  # whose square float64 can say
+_SLACK = 1e-9  # of a sum against that of its squares
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,12 @@ class Labels:
             found[np.arange(len(found)), self.groups(rows)] -= counted[rows]
         return found.reshape(-1, self.n_splits, self.n_classes)
 
+    def added(self, examples: slice, values: np.ndarray) -> np.ndarray:
+        """Add up a number of some examples, of (all examples,), by split and class, (S, C)."""
+        size = self.n_splits * self.n_classes
+        total = np.bincount(self.groups(examples), weights=values[examples], minlength=size)
+        return total.reshape(self.n_splits, self.n_classes)
+
     def groups(self, examples: slice | np.ndarray) -> np.ndarray:
         """Return split · C + class of some examples."""
         groups: np.ndarray = self.splits[examples] * self.n_classes + self.classes[examples]
@@ -60,7 +69,17 @@ class Sums:
 
     by_class: np.ndarray  # (N, S, C, 4)
     by_distance: np.ndarray  # (N, S, R, K, 4)
+    weighted: np.ndarray  # (N, S, C)
+    squares: np.ndarray  # (N, S, 2)
     near_zero: np.ndarray  # (exponents,)
+
+
+def not_finite(sums: np.ndarray, first: int) -> Wrong | None:
+    """Look for what is no number in the sums of a tile, (N, …), whose first row is `first`."""
+    bad = ~np.isfinite(sums)
+    if not bad.any():
+        return None
+    return "not finite", f"{int(bad.sum()):,} are not finite: example {_at(bad, first)}"
 
 
 def wrong_sums(sums: np.ndarray, first: int, *, tolerance: float) -> Wrong | None:
@@ -71,9 +90,8 @@ def wrong_sums(sums: np.ndarray, first: int, *, tolerance: float) -> Wrong | Non
         first: its first row, among all examples.
         tolerance: how far beyond 1 a cosine may be.
     """
-    bad = ~np.isfinite(sums)
-    if bad.any():
-        return "not finite", f"{int(bad.sum()):,} are not finite: example {_at(bad, first)}"
+    if (wrong := not_finite(sums, first)) is not None:
+        return wrong
     cosine, sign, cosine_pairs, pairs = np.moveaxis(sums, -1, 0)
     for bad, sentence in (
         ((sums[..., _SIGN:] != np.round(sums[..., _SIGN:])).any(-1), "counts are not whole"),
@@ -158,6 +176,91 @@ def asymmetry_of_sums(
     return "asymmetric", (
         f"{int(bad.sum()):,} sums over all its pairs are not those of the transposed tile"
     )
+
+
+def wrong_squares(
+    squares: np.ndarray,
+    by_class: np.ndarray,
+    weighted: np.ndarray,
+    first: int,
+    *,
+    tolerance: float,
+) -> Wrong | None:
+    """Look for sums of squares that no pairs have.
+
+    Args:
+        squares: (N, S, 2), finite.
+        by_class: sums by class of the same tile, (N, S, C, 4).
+        weighted: of the same tile, (N, S, C).
+        first: its first row, among all examples.
+        tolerance: how far beyond 1 a cosine may be.
+    """
+    pairs = by_class[..., _COSINE_PAIRS].sum(-1)
+    sums = np.stack([by_class[..., _COSINE].sum(-1), weighted.sum(-1)], axis=-1)
+    # (Σ x)² ≤ n Σ x², as roots: the squares of small norms are below what float64 can say.
+    room = np.sqrt(pairs)[..., None] * (np.sqrt(squares.clip(0)) + _SMALLEST_NORM)
+    for bad, sentence in (
+        (squares < 0, "are below 0"),
+        (squares[..., 0] > (1 + tolerance) ** 2 * pairs, "exceed their pairs"),
+        ((1 - _SLACK) * np.abs(sums) > room, "are too small for the sums of the same pairs"),
+    ):
+        if bad.any():
+            return "out of range", f"{int(bad.sum()):,} {sentence}: example {_at(bad, first)}"
+    return None
+
+
+def asymmetry_of_weighted(
+    tile: Sums, mirror: Sums, rows: slice, columns: slice, labels: Labels, norms: np.ndarray
+) -> Wrong | None:
+    """Compare what the products of gradients of (I, J) and of (J, I) add up to.
+
+    They are the same with the norms that the tiles were made with, so that most tiles of other
+    weights are found too.
+
+    Args:
+        tile: of (I, J).
+        mirror: of (J, I).
+        rows: examples of I.
+        columns: examples of J.
+        labels: of all examples.
+        norms: of all examples; NaN: not known.
+    """
+    of_rows, of_columns = (_scaled(norms, part) for part in (rows, columns))
+    there, back = (
+        _by_groups(
+            own[part][:, None, None] * (sums.weighted / _largest(norms, others)), labels, part
+        )
+        for sums, own, part, others in (
+            (tile, of_rows, rows, columns),
+            (mirror, of_columns, columns, rows),
+        )
+    )
+    size = np.multiply.outer(labels.added(rows, of_rows), labels.added(columns, of_columns))
+    bad = np.abs(there - back.transpose(2, 3, 0, 1)) > ANY * size
+    return _asymmetric(bad, "with norms")
+
+
+def asymmetry_of_squares(
+    tile: Sums, mirror: Sums, rows: slice, columns: slice, labels: Labels, norms: np.ndarray
+) -> Wrong | None:
+    """As `asymmetry_of_weighted`, of squares: of cosines, and of products of gradients."""
+    there = _by_split(tile.squares[..., 0], labels, rows)
+    back = _by_split(mirror.squares[..., 0], labels, columns).T
+    bad = np.abs(there - back) > _ROUNDING * np.maximum(1, there)
+    largest = [_largest(norms, part) for part in (rows, columns)]
+    if not bad.any() and min(largest) > _SMALLEST_NORM:
+        of_rows, of_columns = (np.square(_scaled(norms, part)) for part in (rows, columns))
+        of_tile, of_mirror = (
+            sums.squares[..., 1] / of_others**2
+            for sums, of_others in zip((tile, mirror), largest[::-1], strict=True)
+        )
+        there = _by_split(of_rows[rows, None] * of_tile, labels, rows)
+        back = _by_split(of_columns[columns, None] * of_mirror, labels, columns).T
+        size = np.multiply.outer(
+            labels.added(rows, of_rows).sum(-1), labels.added(columns, of_columns).sum(-1)
+        )
+        bad = np.abs(there - back) > 2 * ANY * size
+    return _asymmetric(bad, "of squares")
 
 
 def wrong_near_zero(
@@ -328,6 +431,48 @@ def wrong_rows(
     )
 
 
+def wrong_rows_of_kernels(
+    weighted: np.ndarray,
+    squares: np.ndarray,
+    rows: Rows,
+    *,
+    cosines: np.ndarray,
+    norms: np.ndarray,
+    bound: float,
+) -> tuple[str | None, str | None]:
+    """Compare sums of cosine · norm, and of squares, with those of the pairs.
+
+    Args:
+        weighted: stored, of n sampled rows, (n, S, C).
+        squares: stored, (n, S, 2).
+        rows: the pairs.
+        cosines: in float64, 0 where a gradient is 0, (n, M).
+        norms: of the columns, (M,); NaN: not known.
+        bound: the checkpoint's error bound; NaN: not known.
+
+    Returns:
+        What is wrong of the first, and of the second.
+    """
+    typical, single = allowed_error(bound), max(np.nan_to_num(bound), SINGLE)
+    n_pairs, size = cosines.shape[1], norms.sum()
+    true = rows.by_class(cosines**2).sum(-1)
+    off = np.abs(squares[..., 0] - true).sum(-1) / n_pairs
+    of_squares = _beyond(off, 2 * typical, 2 * single, "a pair, of squares")
+    if not np.isfinite(size) or size == 0:
+        return None, of_squares
+    weights = norms / norms.max()
+    off = np.abs(weighted / norms.max() - rows.by_class(cosines * weights)).sum((1, 2))
+    of_weighted = _beyond(
+        off / weights.sum(), typical + MOST, single + ANY, "of the norms of its pairs"
+    )
+    if of_squares is None and norms.max() > _SMALLEST_NORM:
+        true = rows.by_class((cosines * weights) ** 2).sum(-1)
+        off = np.abs(squares[..., 1] / norms.max() ** 2 - true).sum(-1) / np.square(weights).sum()
+        allowed = 2 * (typical + MOST), 2 * (single + ANY)
+        of_squares = _beyond(off, *allowed, "of the squared norms of its pairs")
+    return of_weighted, of_squares
+
+
 def _beyond(off: np.ndarray, typical: float, single: float, what: str) -> str | None:
     """Say how far off sampled rows are, if a quarter of them, or one by far, is too far."""
     off = np.sort(off)
@@ -358,6 +503,27 @@ def _by_split(by_distance: np.ndarray, labels: Labels, examples: slice) -> np.nd
     total = np.zeros((labels.n_splits, *by_distance.shape[1:]))
     np.add.at(total, labels.splits[examples], by_distance)
     return total
+
+
+def _largest(norms: np.ndarray, examples: slice) -> float:
+    """Return the largest norm of some examples; 1 where all are 0, NaN where one is not known."""
+    largest = float(norms[examples].max())
+    return 1.0 if largest == 0 else largest
+
+
+def _scaled(norms: np.ndarray, examples: slice) -> np.ndarray:
+    """Return the norms of some examples by the largest of them, and 0 for all others, (N,)."""
+    scaled = np.zeros_like(norms)
+    scaled[examples] = norms[examples] / _largest(norms, examples)
+    return scaled
+
+
+def _asymmetric(bad: np.ndarray, of: str) -> Wrong | None:
+    if not bad.any():
+        return None
+    return "inconsistent", (
+        f"{int(bad.sum()):,} sums {of} over all its pairs are not those of the transposed tile"
+    )
 
 
 def _differ(sums: np.ndarray, expected: np.ndarray) -> np.ndarray:

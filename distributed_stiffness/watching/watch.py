@@ -228,6 +228,12 @@ class Watch:
         trace: TracebackType | None,
     ) -> None:
         """Say in the store that it is complete, if the training came to its end."""
+        if self._left_out:
+            self._progress.say(
+                f"{self._left_out} more measurements were due, and left out to keep within"
+                f" {self._clock.budget:.3g} of the time: one takes {self._clock.longest:.2g} s."
+                " Fewer examples take less; a larger budget, or budget=None, allows more"
+            )
         with self._open:
             if kind is None and self._store is not None and "finished" not in self._store.attrs:
                 self._store.set_attrs(finished=now())

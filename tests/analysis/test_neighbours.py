@@ -25,6 +25,7 @@ from distributed_stiffness.errors import DataError
 CLOSE = {"rtol": 1e-6, "atol": 1e-9}
 SAME = ("validation", "validation")
 KERNELS = ("cosine", "gram")
+OF_SINGLE_PAIRS = ("minimum", "confusion", "product_quantile")
 SCALE_FREE = (
     "coherence",
     "m_coherence",
@@ -241,24 +242,57 @@ class TestProperties:
 
 
 class TestWhatThereIs:
-    def test_sums_in_place_of_pairs(self, made: xr.Dataset):
-        """Sums give the coherence of cosines and nothing that needs single pairs."""
-        sums = reduced(made)
+    @pytest.mark.parametrize("splits", [None, SAME, ("train", "train")], ids=str)
+    @pytest.mark.parametrize("scale", [1.0, 1e-150, 1e-300])
+    def test_sums_in_place_of_pairs(
+        self, made: xr.Dataset, splits: tuple[str, str] | None, scale: float
+    ):
+        """Sums give every measure that needs no single pair, whatever the size of gradients."""
+        made = made.assign(gradient_norm=scale * made["gradient_norm"])
+        expected = neighbours(made, splits=splits).compute()
+
+        found = neighbours(reduced(made), splits=splits).compute()
+
+        same = expected.drop_vars([*OF_SINGLE_PAIRS, "alignment_error", "quantile"])
+        xr.testing.assert_allclose(found.drop_vars("alignment_error"), same, rtol=1e-9, atol=0)
+        assert found["alignment_error"].isnull().all()
+        for name, variable in found.data_vars.items():
+            assert variable.attrs == expected[name].attrs
+
+    def test_what_needs_single_pairs(self, made: xr.Dataset):
+        """Least products, quantiles and eigenvalues are refused, and the message says why."""
+        for reduce in (gradient_confusion, analysis.spectrum):
+            with pytest.raises(DataError, match="keeps sums over each example's pairs, not pairs"):
+                reduce(reduced(made))
+
+    def test_sums_that_are_not_whole(self, made: xr.Dataset):
+        """A checkpoint that lacks a pair has no number; the others have theirs."""
+        half = made.copy(deep=True)
+        half["cosine"].values[0, 0, 0, 30, 31] = half["cosine"].values[0, 0, 0, 31, 30] = np.nan
+        got, expected = neighbours(reduced(half)).compute(), neighbours(reduced(made)).compute()
+
+        at = {"learning_rate": 0, "iteration": 0}
+        assert all(v.isel(at).isnull().all() for v in got.data_vars.values())
+        xr.testing.assert_allclose(got.isel(iteration=1), expected.isel(iteration=1))
+
+    def test_sums_of_an_earlier_version(self, made: xr.Dataset):
+        """Without sums of squares and norms there is the coherence of cosines alone."""
+        sums = reduced(made).drop_vars(["weighted_sums", "square_sums", "kernel"])
         expected = gradient_coherence(made, kernels=["cosine"]).compute()
 
-        xr.testing.assert_allclose(gradient_coherence(sums).compute(), expected, rtol=1e-9)
-        assert set(neighbours(sums).data_vars) == set(expected.data_vars)
-        for reduce in (gradient_confusion, participation_ratio, kernel_alignment):
-            with pytest.raises(DataError, match="keeps sums over each example's pairs, not pairs"):
+        xr.testing.assert_allclose(neighbours(sums).compute(), expected, rtol=1e-9)
+        for reduce in (participation_ratio, kernel_alignment):
+            with pytest.raises(DataError, match=r"without square_sums.*compute the study anew"):
                 reduce(sums)
-        with pytest.raises(DataError, match="no Gram of it: this store keeps sums"):
+        with pytest.raises(DataError, match=r"no Gram of it: .* without weighted_sums"):
             gradient_coherence(sums, kernels=["gram"])
 
     def test_without_norms(self, made: xr.Dataset):
         """Without the norms of gradients there are cosines alone."""
         bare = made.drop_vars("gradient_norm")
 
-        assert neighbours(bare)["kernel"].values.tolist() == ["cosine"]
+        for ds in (bare, reduced(bare)):
+            assert neighbours(ds)["kernel"].values.tolist() == ["cosine"]
         with pytest.raises(DataError, match="no variable gradient_norm"):
             gradient_coherence(bare, kernels=["gram"])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,15 @@ from hypothesis import strategies as st
 from studies import run_options, tiny_study
 
 from distributed_stiffness.engine import run_study
+from distributed_stiffness.engine.checks import (
+    n_undecided,
+    read_pairs,
+    remade_gradients,
+    sample_memory,
+    sample_work,
+)
 from distributed_stiffness.engine.job import _Totals
-from distributed_stiffness.engine.prediction import Speed, predict
+from distributed_stiffness.engine.prediction import CheckSeconds, Speed, predict
 from distributed_stiffness.errors import StudyError
 from distributed_stiffness.plan import SMALLEST_BLOCK, Plan, make_plan
 
@@ -38,6 +47,98 @@ def test_one_replica_that_holds_all_rows() -> None:
     assert found.recomputed == 0
     assert found.bytes_written == 4 * 1000**2 * 4
     assert found.seconds == pytest.approx(3 * (1 + 0.5))
+
+
+def test_folding_takes_its_time() -> None:
+    """A pair that is folded costs that much more, and is said apart."""
+    found = predict(plan(), replicas=1, speed=Speed(gradient=1e-3, pair=1e-6, fold=2e-6))
+
+    assert found.fold_seconds == pytest.approx(3 * 1.0)
+    assert found.tile_seconds == found.seconds == pytest.approx(3 * (1 + 0.5 + 1.0))
+    assert "3 s for folding" in found.describe()
+
+
+def test_checks_take_their_time() -> None:
+    """One for each checkpoint, and the whole matrix; a single replica does them after the tiles."""
+    speed = Speed(gradient=1e-3, pair=1e-6, checks=CheckSeconds(each=10, whole=4))
+
+    found = predict(plan(), replicas=1, speed=speed)
+
+    assert found.check_seconds == 3 * 10 + 4
+    assert found.tile_seconds == pytest.approx(4.5)
+    assert found.seconds == pytest.approx(38.5)
+    assert "34 s for checks" in found.describe()
+
+
+def test_the_last_check_is_never_faster_with_more_replicas() -> None:
+    """It begins when the last tile is done, and one replica does it."""
+    speed = Speed(gradient=1e-3, pair=1e-6, checks=CheckSeconds(each=10, whole=4))
+
+    many = predict(plan(), replicas=300, speed=speed)
+
+    assert many.seconds is not None
+    assert 14 < many.seconds < 15
+
+
+def test_checks_that_are_done_are_not_predicted() -> None:
+    """A continued run is told of those that are left."""
+    speed = Speed(gradient=1e-3, pair=1e-6, checks=CheckSeconds(each=10, whole=4))
+
+    assert predict(plan(), replicas=1, speed=speed, unchecked=1).check_seconds == 14
+    assert predict(plan(), replicas=1, speed=speed, unchecked=0).check_seconds == 0
+
+
+def test_hours_at_an_assumed_rate() -> None:
+    """Operations by the rate; hosts that fold more slowly than that hold their devices up."""
+    speed = Speed(gradient=1e-3, pair=1e-6, fold=2e-6, checks=CheckSeconds(each=10, whole=6))
+    found = predict(plan(), replicas=4, speed=speed)
+
+    fast, slow = found.at_rate(20e12), found.at_rate(1e6)
+
+    assert slow.device == pytest.approx(found.operations / 1e6 / 3600)
+    assert slow.replicas == pytest.approx(slow.device + 36 / 3600)
+    assert fast.fold == pytest.approx(3 / 3600)
+    assert fast.replicas == pytest.approx(39 / 3600)
+    assert "replica-hours (GPU hours" in fast.describe()
+    assert json.loads(json.dumps(fast.to_json()))["replicas"] == fast.replicas
+
+
+class TestWorkOfChecks:
+    """What checks compute, against counting while they compute."""
+
+    @pytest.mark.parametrize("n_parameters", [600, 10**6])
+    def test_a_sample(self, n_parameters: int) -> None:
+        """Gradients and products are those of a loop over the blocks of `Reference.cosines`."""
+        made = plan(memory=4 * 10**9)
+        block = max(1, sample_memory(made, n_parameters) // (16 * n_parameters))
+        blocks = [range(a, min(a + block, 96)) for a in range(0, 96, block)]
+        gradients = pairs = 0
+        for k, rows in enumerate(blocks):
+            gradients += len(rows) + sum(len(columns) for columns in blocks[k + 1 :])
+            pairs += sum(len(rows) * len(columns) for columns in blocks[k:])
+
+        found = sample_work(made, n_parameters)
+
+        assert (found.gradients, found.pairs) == (gradients, pairs)
+
+    def test_what_is_read_or_made_again(self) -> None:
+        """Stored pairs are read by half; where there are none, gradients are made again."""
+        made = replace(plan(n=1000), tile=300)
+        tiles = [(i, j) for i, j in made.tiling.upper()]
+        size = made.tiling.size
+
+        assert read_pairs(made) == sum(size(i) * size(j) for i, j in tiles)
+        assert remade_gradients(made) == 0
+        sums = replace(made, sums_bytes=100, batch=32)
+        assert read_pairs(sums) == 0
+        assert remade_gradients(sums) == 2 * 1000 + 48 * 32
+
+    def test_undecided_signs_are_counted_once(self) -> None:
+        """Zeros are none; of a diagonal tile the pairs above the diagonal count."""
+        tile = np.array([[0.1, 0.0, -0.1], [0.0, 0.1, 0.9], [-0.1, 0.9, 1.0]], dtype=np.float32)
+
+        assert n_undecided(tile, 0.5, diagonal=False) == 4
+        assert n_undecided(tile, 0.5, diagonal=True) == 1
 
 
 @given(st.integers(1, 500), st.integers(10**8, 10**10))
@@ -73,20 +174,26 @@ def test_in_words() -> None:
     assert json.loads(json.dumps(little.to_json()))["replicas"] == 1
 
 
-def test_a_run_counts_what_was_predicted(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    """Operations counted by the replicas are those of the prediction, where all rows are held."""
+@pytest.mark.parametrize("keep", ["pairs", "sums"])
+def test_a_run_counts_what_was_predicted(
+    keep: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Operations and bytes of the replicas are those of the prediction, where all rows are held."""
     seen = []
     monkeypatch.setattr(
         _Totals, "describe", lambda totals, predicted: seen.append((totals, predicted)) or ""
     )
 
-    run_study(tiny_study(), run_options(tmp_path / "x.zarr"))
+    run_study(tiny_study(keep=keep), run_options(tmp_path / "x.zarr"))
 
     ((totals, predicted),) = seen
     assert totals.gradients == 4 * 60
     assert totals.operations == pytest.approx(predicted.operations)
-    assert totals.bytes_written == predicted.bytes_written == 5 * 4 * 60**2
-    assert predicted.seconds > 0
+    # Of an example and part: four sums by 10 classes and 2 · 50 bins, 10 weighted ones, 2 squares.
+    expected = 5 * 4 * 60**2 if keep == "pairs" else 8 * 452 * 60 * 3 * 4
+    assert totals.bytes_written == predicted.bytes_written == expected
+    assert predicted.seconds > predicted.check_seconds > 0
+    assert (predicted.fold_seconds > 0) == (keep == "sums")
 
 
 def test_halving_keeps_shapes_while_whole_tiles_are_held() -> None:

@@ -341,6 +341,8 @@ def _keys(keep: str, of: str, tiles: set[tuple[int, int]]) -> set[str]:
             {
                 f"class_sums/c/{of}/{j}/{i}/0/0/0",
                 f"distance_sums/c/{of}/{j}/{i}/0/0/0/0",
+                f"weighted_sums/c/{of}/{j}/{i}/0/0",
+                f"square_sums/c/{of}/{j}/{i}/0/0",
                 f"near_zero/c/{of}/{i}/{j}/0",
             }
             for i, j in tiles

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -68,6 +69,38 @@ class TestNumbers:
             found = reduction(sums, splits=splits).compute()
 
             xr.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+    @pytest.mark.parametrize("splits", [None, ("train", "train")])
+    def test_neighbouring_measures_are_those_of_the_pairs(
+        self, pairs: xr.Dataset, sums: xr.Dataset, splits: analysis.pairs.Splits | None
+    ) -> None:
+        """
+        Of cosines and of products, with their errors; all but what is of single pairs, and the
+        error of the alignment, which takes the square of the matrix.
+        """
+        expected = analysis.neighbours(pairs, splits=splits).compute()
+        of_pairs = ["minimum", "confusion", "product_quantile", "quantile", "alignment_error"]
+
+        found = analysis.neighbours(sums, splits=splits).compute()
+
+        assert found["kernel"].values.tolist() == ["cosine", "gram"]
+        xr.testing.assert_allclose(
+            found.drop_vars("alignment_error"), expected.drop_vars(of_pairs), rtol=1e-9, atol=0
+        )
+
+    def test_a_reduced_store_of_pairs_is_the_same(
+        self, pairs: xr.Dataset, sums: xr.Dataset
+    ) -> None:
+        """
+        The same arrays, but for their parts, with the same numbers and the same meaning.
+        """
+        made = analysis.reduced(pairs, edges=analysis.distance_edges(sums))
+
+        for name in ("class_sums", "weighted_sums", "square_sums"):
+            xr.testing.assert_allclose(
+                sums[name].sum("other_part").compute(), made[name].compute(), rtol=1e-9, atol=0
+            )
+            assert sums[name].attrs["description"].startswith(made[name].attrs["description"])
 
     def test_the_distance_profile_is_that_of_the_pairs(
         self, pairs: xr.Dataset, sums: xr.Dataset
@@ -140,8 +173,8 @@ class TestFolding:
         self, rows: tuple[int, int], columns: tuple[int, int]
     ) -> None:
         """
-        By split and class, and by relation and distance; zero gradients are in no cosine sum,
-        self-pairs in none; both for the tile and for its mirror.
+        By split and class, and by relation and distance; weighted with norms, and squared; zero
+        gradients are in no cosine sum, self-pairs in none; for the tile and for its mirror.
         """
         data, above, left = select(DATA), slice(*rows), slice(*columns)
         n, random = data.n_examples, np.random.default_rng(0)
@@ -153,15 +186,17 @@ class TestFolding:
         D = distances(data, slice(0, n), slice(0, n)).numpy()
 
         part = np.ascontiguousarray(cosine[above, left])
-        tile, mirror = Folding(data, edges).tile(above, left, part, zero)
+        norms = np.where(zero, 0.0, np.exp(random.standard_normal(n)))
+        tile, mirror = Folding(data, edges).tile(above, left, part, norms)
 
         assert (mirror is None) == (rows == columns)
         for found, a, b in ((tile, above, left), (mirror, left, above)):
             if found is None:
                 continue
-            by_class, by_distance = loops(data, edges, cosine, D, zero, a, b)
-            np.testing.assert_allclose(found.class_sums, by_class, rtol=1e-12, atol=1e-12)
-            np.testing.assert_allclose(found.distance_sums, by_distance, rtol=1e-12, atol=1e-12)
+            for name, expected in loops(data, edges, cosine, D, norms, a, b).items():
+                np.testing.assert_allclose(
+                    getattr(found, name), expected, rtol=1e-12, atol=1e-12, err_msg=name
+                )
 
 
 def loops(
@@ -169,20 +204,21 @@ def loops(
     edges: np.ndarray,
     cosine: np.ndarray,
     D: np.ndarray,
-    zero: np.ndarray,
+    norms: np.ndarray,
     rows: slice,
     columns: slice,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return class and distance sums of a tile, one pair after the other."""
+) -> dict[str, np.ndarray]:
+    """Return the sums of a tile, by their names in the store, one pair after the other."""
     splits, labels = list(dict.fromkeys(data.split)), data.examples.labels
     n, bins = rows.stop - rows.start, len(edges) - 1
     by_class = np.zeros((n, len(splits), data.labelled.n_classes, 4))
     by_distance = np.zeros((n, len(splits), 2, bins, 4))
+    weighted, squares = np.zeros(by_class.shape[:-1]), np.zeros((n, len(splits), 2))
     for i in range(rows.start, rows.stop):
         for j in range(columns.start, columns.stop):
             if i == j:
                 continue
-            nonzero = not (zero[i] or zero[j])
+            nonzero = norms[i] > 0 and norms[j] > 0
             c = float(cosine[i, j])
             what = np.array([c * nonzero, np.sign(c), nonzero, 1])
             split, other = splits.index(data.split[j]), int(labels[i] != labels[j])
@@ -190,7 +226,14 @@ def loops(
             k = min(int((D[i, j] - np.float32(edges[0])) * width), bins - 1)
             by_class[i - rows.start, split, labels[j]] += what
             by_distance[i - rows.start, split, other, k] += what
-    return by_class, by_distance
+            weighted[i - rows.start, split, labels[j]] += c * norms[j]
+            squares[i - rows.start, split] += c**2, c**2 * norms[j] ** 2
+    return {
+        "class_sums": by_class,
+        "distance_sums": by_distance,
+        "weighted_sums": weighted,
+        "square_sums": squares,
+    }
 
 
 class TestResume:
@@ -203,12 +246,35 @@ class TestResume:
         # Part of the others first, then the examples' chunk.
         for chunk in ("class_sums/c/1/0/1/2/0/0/0/0", "class_sums/c/0/0/0/1/1/0/0/0",
                       "distance_sums/c/1/0/1/2/0/0/0/0/0", "near_zero/c/0/0/0/1/1/0",
+                      "weighted_sums/c/1/0/1/2/0/0/0", "square_sums/c/1/0/1/2/0/0/0",
                       "undecided/c/1/0/1"):  # fmt: skip
             (store / chunk).unlink()
 
         run_study(study(keep="sums"), run_options(store, checkpoints=str(folder / "checkpoints")))
 
         assert_same_bits(folder / "sums.zarr", store)
+
+    def test_sums_of_an_earlier_version_are_read_and_not_continued(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
+        """
+        Without sums for kernels: reductions are the same, a run is refused with what to do.
+        """
+        store = tmp_path / "sums.zarr"
+        shutil.copytree(folder / "sums.zarr", store)
+        metadata = json.loads((store / "zarr.json").read_text())
+        for name in ("weighted_sums", "square_sums"):
+            shutil.rmtree(store / name)
+            del metadata["consolidated_metadata"]["metadata"][name]
+        (store / "zarr.json").write_text(json.dumps(metadata))
+
+        with pytest.raises(StoreError, match=r"an earlier version.* give another --store"):
+            run_study(study(keep="sums"), run_options(store))
+        old, new = (xr.open_zarr(str(path)) for path in (store, folder / "sums.zarr"))
+        xr.testing.assert_identical(
+            analysis.class_matrix(old).compute(), analysis.class_matrix(new).compute()
+        )
+        assert "alignment" not in analysis.neighbours(old)
 
     def test_pairs_and_sums_do_not_share_a_store(self, folder: Path) -> None:
         """

@@ -70,8 +70,9 @@ class TestNeighbourCurves:
         """What a store has no numbers for has no panel."""
         figure = neighbour_curves(neighbours(reduced(study)).compute())
 
-        assert len(figure.axes) == 4
-        assert "Gradient confusion η" not in titles(figure)
+        assert len(figure.axes) == 6
+        assert {"Effective rank", "Alignment with the labels"} <= set(titles(figure))
+        assert not {"Least cosine of any pair", "Gradient confusion η"} & set(titles(figure))
 
     def test_without_norms(self, study: xr.Dataset):
         """Cosines alone are drawn, and the last panel of each column has the steps."""

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distributed_stiffness.gradients import cosine_matrix
-from distributed_stiffness.gradients.kinks import Kinks, KinksAgain
+from distributed_stiffness.gradients.gram import cosine
+from distributed_stiffness.gradients.kinks import Kinks, KinksAgain, Rounding
+from distributed_stiffness.gradients.per_example import PerExampleGradients
 from distributed_stiffness.gradients.reference import Reference
 
 TINY = 1e-8  # beside 1, within rounding
@@ -109,6 +111,60 @@ class TestFound:
         x[2, 0] = 0.0
 
         assert noted(nn.MaxPool2d(2), x).examples().tolist() == [1]
+
+
+class TestRounding:
+    def test_is_measured_between_two_passes(self) -> None:
+        """
+        Call by call, as a share of the size of what float64 gives there.
+        """
+        true = inputs().double()
+        moved = true * (1 + 1e-6 * torch.randn(true.shape, dtype=torch.float64))
+
+        with Rounding(3) as rounded:
+            F.relu(true)
+            nn.ReLU(inplace=True)(moved.clone())
+        with Rounding(3) as exact:
+            F.relu(true)
+            nn.ReLU(inplace=True)(true.clone())
+
+        least, found = rounded.against(exact)
+        size = torch.linalg.vector_norm(true)
+        assert found == pytest.approx(float(torch.linalg.vector_norm(moved - true) / size))
+        assert 0 < least < 1e-7
+
+    def test_says_how_near_is_near(self) -> None:
+        """
+        In a deep network units are moved further, and more of them have to be looked at again.
+        """
+        x = inputs(2e-3)
+        size = float(torch.linalg.vector_norm(x[1])) / x[1].numel() ** 0.5
+        call = 2e-3 / size / 3  # so much is three times as far
+
+        for rounding, expected in ((0.9 * call, []), (1.1 * call, [1])):
+            with Kinks(3, (rounding,)) as kinks:
+                F.relu(x)
+            assert kinks.examples().tolist() == expected
+
+    def test_covers_the_depth_of_a_network(self) -> None:
+        """
+        Sixty layers move a unit across its kink from farther than any constant for small networks.
+        """
+        layers = [nn.Linear(32, 32) for _ in range(60)]
+        for layer in layers:
+            nn.init.normal_(layer.weight, std=(2 / 32) ** 0.5)
+        parts = (module for layer in layers for module in (layer, nn.ReLU()))
+        model = nn.Sequential(*parts, nn.Linear(32, 4)).eval()
+        x, y = torch.randn(3000, 32), torch.arange(3000) % 4
+
+        found, exact = (
+            PerExampleGradients(model, "cross_entropy", (x[:3], y[:3]), precision=name).rows(x, y)
+            for name in ("float32", "float64")
+        )
+
+        torch.testing.assert_close(
+            cosine(found[:100], found), cosine(exact[:100], exact), atol=5e-6, rtol=0
+        )
 
 
 class TestChanged:

@@ -1,0 +1,78 @@
+"""How much the checks at the end of a study compute, in numbers of gradients and of pairs. Pure.
+
+Of every checkpoint a sample of pairs is made again in float64, one example at a time, and undecided
+signs are counted; of the last one the whole matrix is compared with sums of gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from distributed_stiffness.engine.whole_matrix import classes_to_check
+from distributed_stiffness.gradients.error_bound import HALF
+from distributed_stiffness.plan import BLOCK_SHARE, Plan
+
+
+def sample_memory(plan: Plan, n_parameters: int) -> int:
+    """Return the bytes that float64 gradients of the sample may take.
+
+    Four blocks of the sample at least, so that a large network's are not made too often.
+    """
+    return min(int(BLOCK_SHARE * plan.memory), max(2**28, HALF * 8 * n_parameters))
+
+
+@dataclass(frozen=True)
+class SampleWork:
+    """What a sample makes in float64."""
+
+    gradients: int
+    pairs: int  # products of two
+
+
+def sample_work(plan: Plan, n_parameters: int) -> SampleWork:
+    """Return what `Reference.cosines` makes of a sample: each block meets itself and all after."""
+    n = min(2 * HALF, plan.n_examples)
+    block = max(1, min(n, sample_memory(plan, n_parameters) // (2 * 8 * n_parameters)))
+    met = [n - start for start in range(0, n, block)]
+    return SampleWork(gradients=sum(met), pairs=sum(min(block, left) * left for left in met))
+
+
+def remade_gradients(plan: Plan) -> int:
+    """Return how many gradients are made again to draw a sample, where no pairs are stored.
+
+    A half of the sample meets all examples, batch by batch on both sides.
+    """
+    if not plan.sums_bytes:
+        return 0
+    n, rows = plan.n_examples, min(HALF, plan.n_examples)
+    return n * math.ceil(rows / plan.batch) + rows * math.ceil(n / plan.batch)
+
+
+def read_pairs(plan: Plan) -> int:
+    """Return how many stored pairs are read to count undecided signs: half of them, by tiles."""
+    if plan.sums_bytes:
+        return 0
+    sizes = [plan.tiling.size(chunk) for chunk in range(plan.tiling.n_chunks)]
+    return (sum(sizes) ** 2 + sum(size**2 for size in sizes)) // 2
+
+
+def classes_of_whole_matrix(plan: Plan, labels: np.ndarray, n_parameters: int) -> np.ndarray:
+    """Return the classes whose mean cosines are compared with those from sums of gradients."""
+    return classes_to_check(
+        labels,
+        n_parameters=n_parameters,
+        n_checkpoints=plan.n_checkpoints,
+        memory=int(BLOCK_SHARE * plan.memory),
+    )
+
+
+def n_undecided(tile: np.ndarray, bound: float, *, diagonal: bool) -> int:
+    """Count the pairs of a tile whose cosine is nearer to 0 than a bound, and is not 0.
+
+    Of a tile on the diagonal each pair is counted once, and self-pairs are not.
+    """
+    below = (np.abs(tile) < bound) & (tile != 0)  # exactly 0: a gradient is zero
+    return int(np.triu(below, 1).sum() if diagonal else below.sum())
