@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numba import njit
+
+from distributed_stiffness.threads import in_threads
 
 # Rows folded side by side, so that a tile is read along its memory whichever way it lies, and the
 # sums that are worked on stay in the cache.
@@ -61,12 +60,11 @@ def fold(
     by_distance = np.zeros((n, n_splits, 2, bins, 4))
     scale = bins / float(edges[-1] - edges[0])
 
-    def some(start: int) -> None:
-        part = slice(start, min(start + _SHARE, n))
+    def some(part: slice) -> None:
         _fold(
             cosine[part],
             distance[part],
-            (first[0] + start, first[1]),
+            (first[0] + part.start, first[1]),
             classes,
             splits,
             norms,
@@ -76,7 +74,7 @@ def fold(
             by_distance[part],
         )
 
-    _in_threads(some, range(0, n, _SHARE))
+    in_threads(some, n, at_most=_SHARE)
     by_class = np.empty((n, n_splits, n_classes, 4))
     by_class[..., :2] = by_group[..., :2]
     rows, columns = (slice(k, k + length) for k, length in zip(first, cosine.shape, strict=True))
@@ -96,15 +94,15 @@ def count_exponents(cosine: np.ndarray, *, diagonal: bool) -> np.ndarray:
     its diagonal.
     """
     bits = cosine.view(np.int32)
-    starts = range(0, len(bits), _SHARE)
-    counts = np.zeros((len(starts), 256), dtype=np.int64)
+    counts: list[np.ndarray] = []
 
-    def some(start: int) -> None:
-        first = start if diagonal else -len(bits)
-        _count(bits[start : start + _SHARE], first, counts[start // _SHARE])
+    def some(part: slice) -> None:
+        of_part = np.zeros(256, dtype=np.int64)
+        _count(bits[part], part.start if diagonal else -len(bits), of_part)
+        counts.append(of_part)
 
-    _in_threads(some, starts)
-    total: np.ndarray = counts.sum(0)
+    in_threads(some, len(bits), at_most=_SHARE)
+    total: np.ndarray = np.sum(counts, axis=0)
     return total
 
 
@@ -128,17 +126,6 @@ def _count_pairs(
     both = np.arange(max(0, -first), min(len(rows), len(columns) - first))
     split, label = np.divmod(groups[both + first], n_classes)
     pairs[both, split, label] -= rows[both]  # self-pairs
-
-
-def _in_threads(work: Callable[[int], None], starts: range) -> None:
-    """Run a compiled loop, which holds no lock, on as many threads as torch has."""
-    threads = min(torch.get_num_threads(), len(starts))
-    if threads < 2:
-        for start in starts:
-            work(start)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, starts))
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

@@ -52,7 +52,7 @@ def _found(examples: np.ndarray, look: Callable[..., None]) -> Nearest:
     n = len(examples)
     smallest, on_it = np.empty(n, np.uint32), np.empty(n, np.uint32)
     at_least = max(1, _WORTH_A_THREAD // max(1, examples[:1].size))
-    in_threads(lambda some: look(some, smallest[some], on_it[some]), n, at_least)
+    in_threads(lambda some: look(some, smallest[some], on_it[some]), n, at_least=at_least)
     distance = np.where(smallest == _NONE, np.float32(np.inf), (smallest + _ONE).view(np.float32))
     return Nearest(torch.from_numpy(distance), torch.from_numpy(on_it.astype(np.int32)))
 

@@ -764,7 +764,11 @@ class Weighted(nn.Module):
         return F.cross_entropy(outputs, targets, self.weight, reduction="none")
 
 
-@pytest.mark.parametrize("loss", [squared_error, smoothed, hinge, Weighted()], ids=str)
+def name_of(loss):
+    return getattr(loss, "__name__", type(loss).__name__)
+
+
+@pytest.mark.parametrize("loss", [squared_error, smoothed, hinge, Weighted()], ids=name_of)
 @pytest.mark.parametrize("name", ["linear", "conv2d with groups", "multi-head attention"])
 def test_any_loss(loss, name):
     """Any callable (outputs, targets) -> (N,) is a loss."""
