@@ -22,8 +22,8 @@ from distributed_stiffness.data.selection import StudyData, select
 from distributed_stiffness.engine.lease import Lease
 from distributed_stiffness.engine.prepare import Run
 from distributed_stiffness.errors import DataError, ModelError, StoreError, StudyError
-from distributed_stiffness.gradients.precision import float32_product
 from distributed_stiffness.gradients.batches import call, from_numpy, map_tensors, tensors
+from distributed_stiffness.gradients.precision import float32_product
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.store import Store, refuse_another_study, training_run, weights_key
 from distributed_stiffness.study import training_identity
