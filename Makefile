@@ -7,7 +7,7 @@ check:  ## style and types
 	mypy
 
 test:
-	pytest
+	pytest -n 2
 
 docs:  ## the site, in site/; every warning is an error, dead links and anchors among them
 	pip install -q -e ".[docs]"

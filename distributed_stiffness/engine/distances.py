@@ -23,7 +23,7 @@ from distributed_stiffness.engine.lease import Lease
 from distributed_stiffness.engine.prepare import Run
 from distributed_stiffness.errors import DataError, ModelError, StoreError, StudyError
 from distributed_stiffness.gradients.batches import call, from_numpy, map_tensors, tensors
-from distributed_stiffness.gradients.precision import float32_product
+from distributed_stiffness.gradients.precision import product_of_rows
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.store import Store, refuse_another_study, training_run, weights_key
 from distributed_stiffness.study import training_identity
@@ -304,7 +304,7 @@ def _held(vectors: Vectors, tiling: Tiling) -> Callable[[int], Tensor]:
 
 def _cosine(X: Tensor, Y: Tensor) -> np.ndarray:
     """Return 1 - x_i.y_j of vectors of unit length, (i, j)."""
-    return np.asarray(1 - float32_product(X, Y).clamp_(-1.0, 1.0))
+    return np.asarray(1 - product_of_rows(X, Y).clamp_(-1.0, 1.0))
 
 
 def _euclidean(X: Tensor, Y: Tensor) -> np.ndarray:

@@ -51,7 +51,10 @@ Product = Callable[[Rows, Rows], Tensor]
 _ARRAYS = {"pairs": "cosine", "distance": "distance"}
 _Key = tuple[str, Checkpoint | None, int]  # kind of task, checkpoint, first example
 _MODELS = 2  # networks kept loaded: of the task that computes, and of the next
-_OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "Cannot allocate memory")
+_OUT_OF_MEMORY = (
+    "can't allocate memory", "bad_alloc", "out of memory", "Cannot allocate memory",
+    "could not create a primitive",  # oneDNN, where it cannot have room for its code
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

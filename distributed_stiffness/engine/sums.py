@@ -22,7 +22,7 @@ from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.engine.folding import Folded, count_exponents, fold
 from distributed_stiffness.errors import StudyError
 from distributed_stiffness.gradients.gram import folded_product
-from distributed_stiffness.gradients.precision import float32_product
+from distributed_stiffness.gradients.precision import product_of_rows
 from distributed_stiffness.store import EXPONENTS
 
 _SAMPLE = 1000  # examples whose distances say where the bins are
@@ -97,7 +97,7 @@ class Folding:
                 at.
         """
         X, Y = (self._unit_inputs(part.start, part.stop) for part in (rows, columns))
-        distance = (1 - float32_product(X, Y)).numpy()
+        distance = (1 - product_of_rows(X, Y)).numpy()
         near_zero = count_near_zero(cosine, diagonal=rows == columns)
         tile = TileSums.of(self._folded(cosine, distance, (rows, columns), norms), near_zero)
         if rows == columns:

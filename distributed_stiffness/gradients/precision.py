@@ -69,7 +69,7 @@ class Precision:
         if self.name == "tf32":
             with _switched(torch.backends.cuda.matmul, "allow_tf32", True):
                 return X_NP @ Y_MP.T
-        return float32_product(X_NP, Y_MP)
+        return product_of_rows(X_NP, Y_MP)
 
 
 FLOAT32 = Precision("float32", torch.float32, torch.float32)
@@ -105,8 +105,8 @@ def precision_mode(name: str, device: torch.device | str | None = None) -> Preci
     return mode
 
 
-def float32_product(X_NP: Tensor, Y_MP: Tensor) -> Tensor:
-    """X Yᵀ of float32 rows, (N, M), by the fastest routine that torch has on this device."""
+def product_of_rows(X_NP: Tensor, Y_MP: Tensor) -> Tensor:
+    """X Yᵀ, (N, M): of float32 rows by the fastest routine that torch has on this device."""
     by_onednn = _onednn_for(X_NP)
     if by_onednn is None or not X_NP.numel() or not Y_MP.numel():
         return X_NP @ Y_MP.T
@@ -114,7 +114,8 @@ def float32_product(X_NP: Tensor, Y_MP: Tensor) -> Tensor:
 
 
 def _onednn_for(rows: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
-    return None if rows.device.type != "cpu" else onednn_product()
+    is_for_it = rows.device.type == "cpu" and rows.dtype == torch.float32
+    return onednn_product() if is_for_it else None
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from distributed_stiffness.gradients import precision
 from distributed_stiffness.gradients.gram import folded_product
-from distributed_stiffness.gradients.precision import float32_product, onednn_product
+from distributed_stiffness.gradients.precision import onednn_product, product_of_rows
 
 
 @pytest.fixture(params=["torch", "oneDNN"])
@@ -64,9 +64,9 @@ def test_do_not_depend_on_how_rows_lie() -> None:
     whole = torch.randn(60, 900)
     X, Y = whole[::2, 100:400], whole[1::2, 300:600]
 
-    found = float32_product(X, Y)
+    found = product_of_rows(X, Y)
 
-    assert torch.equal(found, float32_product(X.contiguous(), Y.contiguous()))
+    assert torch.equal(found, product_of_rows(X.contiguous(), Y.contiguous()))
 
 
 @pytest.mark.usefixtures("routine")
@@ -75,7 +75,7 @@ def test_of_nothing_are_zeros(n: int, m: int, length: int) -> None:
     """
     No rows, no columns, or rows without a number.
     """
-    found = float32_product(torch.ones(n, length), torch.ones(m, length))
+    found = product_of_rows(torch.ones(n, length), torch.ones(m, length))
 
     assert torch.equal(found, torch.zeros(n, m))
 
@@ -87,7 +87,7 @@ def test_what_is_not_finite_stays_so() -> None:
     """
     X = torch.tensor([[torch.nan, 1.0], [torch.inf, 1.0], [1.0, 2.0]])
 
-    found = float32_product(X, torch.ones(1, 2))[:, 0]
+    found = product_of_rows(X, torch.ones(1, 2))[:, 0]
 
     assert found[:1].isnan().all()
     assert found[1:].tolist() == [torch.inf, 3.0]
