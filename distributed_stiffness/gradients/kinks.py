@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from distributed_stiffness.gradients.nearest import (
     Nearest,
     in_memory_order,
+    is_for_loops,
     nearest,
     nearest_pairs,
 )
@@ -266,7 +267,7 @@ def _largest(
         return found.masked_fill_((found == 0) & (top != 0), torch.finfo(x.dtype).tiny)
 
     def all_nearest() -> Nearest:
-        if not x.is_cuda and not any(margins) and spread == (1, 1) and size != (1, 1):
+        if is_for_loops(x) and not any(margins) and spread == (1, 1) and size != (1, 1):
             return nearest_pairs(x, size, step)
         return nearest(gap(x))
 

@@ -27,9 +27,14 @@ class Nearest(NamedTuple):
     on_it: Tensor  # (N,) int32, units
 
 
+def is_for_loops(x: Tensor) -> bool:
+    """Whether the compiled loops can read a tensor; a network may cast on its way."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
 def nearest(distance: Tensor) -> Nearest:
-    """Look at distances (N, …) of float32, in any memory format."""
-    if distance.device.type != "cpu":
+    """Look at distances (N, …), in any memory format."""
+    if not is_for_loops(distance):
         size = distance.abs().flatten(1)
         on_it = size == 0
         return Nearest(size.masked_fill(on_it, math.inf).amin(1), on_it.sum(1, dtype=torch.int32))
@@ -40,8 +45,8 @@ def nearest(distance: Tensor) -> Nearest:
 def nearest_pairs(x: Tensor, size: tuple[int, int], step: tuple[int, int]) -> Nearest:
     """Look at the largest of each window of images (N, C, H, W) against the second; see `gap`.
 
-    Only windows within the image, on a CPU. Windows whose largest is 0 are on the kink if the
-    second is 0 too; any other tie is at the smallest distance that there is.
+    Only of what `is_for_loops`, and windows within the image. Windows whose largest is 0 are on
+    the kink if the second is 0 too; any other tie is at the smallest distance that there is.
     """
     images = x.detach().permute(0, 2, 3, 1).contiguous().numpy()
     return _found(images, lambda some, *found: _nearest_pairs(images[some], *size, *step, *found))

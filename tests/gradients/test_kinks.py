@@ -112,6 +112,16 @@ class TestFound:
 
         assert noted(nn.MaxPool2d(2), x).examples().tolist() == [1]
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_in_networks_that_cast(self, dtype: torch.dtype) -> None:
+        """
+        A network may go through fewer digits on its way; the loops are for float32 alone.
+        """
+        x = inputs(TINY).to(dtype)
+
+        assert noted(nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), x).calls[0] is not None
+        assert noted(F.relu, x).examples().tolist() == [1]
+
 
 class TestRounding:
     def test_is_measured_between_two_passes(self) -> None:
