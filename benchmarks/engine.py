@@ -36,6 +36,7 @@ from unittest import mock
 import numpy as np
 import psutil
 import torch
+from gradients import product_rate
 from simulation import Cluster, Outcome, Times, simulate
 
 from distributed_stiffness.checkpoints import METRICS, Checkpoints, TrainingRun
@@ -754,12 +755,12 @@ def sums(options: argparse.Namespace) -> None:
                 "print(time.perf_counter() - began)\n"
                 "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
             )
-            rate = product_rate()
+            rate = product_rate(rows=4096)
             done = subprocess.run(
                 [sys.executable, "-c", program], capture_output=True, text=True, check=True,
                 env=os.environ | {"OMP_NUM_THREADS": str(CPUS)},
             )  # fmt: skip
-            rate = max(rate, product_rate())
+            rate = max(rate, product_rate(rows=4096))
             seconds, peak = (float(line) for line in done.stdout.split())
             plan, pairs = Plan.from_json(Store(store).attrs["plan"]), n * (n + 1) / 2
             floor = 2 * pairs * (plan.pair_work + 784) / rate
@@ -818,17 +819,6 @@ def draw_sums(drawn: list[tuple[float, float, float, float]]) -> Path:
             "MNIST, fully connected net, N = 15,000, 30,000 and 60,000; two CPU threads",
         )
     return save(figure, SUMS_FIGURE)
-
-
-def product_rate() -> float:
-    """Return the best floating-point operations a second of a large float32 product."""
-    X = torch.randn(4096, 4096)
-    took = []
-    for _ in range(3):
-        began = time.perf_counter()
-        X @ X.T
-        took.append(time.perf_counter() - began)
-    return 2 * 4096**3 / min(took)
 
 
 def peak_of(process: subprocess.Popen[str]) -> int:

@@ -481,15 +481,22 @@ def floor(model: nn.Module, inputs: Tensor, targets: Tensor) -> Result:
         return time.perf_counter() - started
 
     training_pass(FEW)
-    rate = product_rate(lambda X, Y: X @ Y.T)
+    rate = product_rate()
     fastest = max(rate, product_rate(product_of_rows))
     n, n_parameters = len(targets), sum(p.numel() for p in model.parameters())
     product = n * n * n_parameters / rate
     return {"pass": training_pass(n), "product": product, "rate": rate, "fastest": fastest}
 
 
+def product_of_torch(X: Tensor, Y: Tensor) -> Tensor:
+    return X @ Y.T
+
+
 def product_rate(
-    product: Callable[[Tensor, Tensor], Tensor], rows: int = 2048, depth: int = 4096
+    product: Callable[[Tensor, Tensor], Tensor] = product_of_torch,
+    *,
+    rows: int = 2048,
+    depth: int = 4096,
 ) -> float:
     """Floating-point operations a second of a float32 product, the best of five."""
     X, Y = torch.randn(rows, depth), torch.randn(rows, depth)

@@ -347,19 +347,6 @@ def _cosines_by_class(selection: Selection) -> da.Array:
     return da.where(complete[..., None], sums[..., 0], np.nan)
 
 
-def _products_kept(selection: Selection) -> da.Array:
-    """As `_products`, of a store that keeps sums; NaN where a pair is missing."""
-    chosen, groups = selection.chosen, selection.groups
-    pairs = grouped_sums(chosen, "class_name").sides[0][..., 3].sum(-1)
-    weighted, squares = (chosen[f"row_{name}"].data for name in (WEIGHTED_SUMS, SQUARE_SUMS))
-    norms = da.from_array(selection.norms[..., None], chunks=(*pairs.chunks, 1))
-    products = da.einsum("...c,cg->...g", weighted, membership(chosen, groups)) * norms
-    cosine, gram = (chosen["kernel"].values.tolist().index(kernel) for kernel in KERNELS)
-    found = [products, squares[..., [cosine]], squares[..., [gram]] * norms**2]
-    complete = pairs == len(selection.examples.groups) - 1
-    return da.where(complete[..., None], da.concatenate(found, axis=-1), np.nan)
-
-
 @dataclass(frozen=True)
 class Block:
     """What a block of pairs must know of its rows and columns."""

@@ -37,9 +37,9 @@ from distributed_stiffness.gradients.nearest import (
 # cost a forward pass in float64, of 2 to 15 % of the examples.
 FARTHEST = 3.0
 # What rounding moves units by is measured, as a share of their size: 1e-7 in the first layer of a
-# network, 7e-7 in the last of ResNet-20, 3e-6 in that of ResNet-18. Never less than the first, and
-# where it was not measured it is taken to be the second.
-_LEAST, _TYPICAL = 6e-8, 2.5e-7
+# network, 7e-7 in the last of ResNet-20, 3e-6 in that of ResNet-18.
+_LEAST = 6e-8  # it is never taken to be less: half of a float32's last place
+_TYPICAL = 2.5e-7  # where it was not measured
 # So many units of an example may be exactly at a kink by chance, as where a sum cancels; more are
 # so by construction, in every precision: a region that is black, a channel that is dead.
 FEW = 8

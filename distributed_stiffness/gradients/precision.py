@@ -52,8 +52,7 @@ class Precision:
 
     def operand(self, X_NP: Tensor) -> Tensor:
         """Lay out rows as `product` likes them, once for many products."""
-        by_onednn = self.name in ("float32", "float64") and _onednn_for(X_NP) is not None
-        return X_NP.contiguous() if by_onednn else X_NP
+        return X_NP if _onednn_for(X_NP) is None else X_NP.contiguous()
 
     def product(self, X_NP: Tensor, Y_MP: Tensor) -> Tensor:
         """X Yᵀ, (N, M), float32 whatever the operands are."""

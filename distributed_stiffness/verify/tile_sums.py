@@ -217,13 +217,7 @@ def asymmetry_of_weighted(
     They are the same with the norms that the tiles were made with, so that most tiles of other
     weights are found too.
 
-    Args:
-        tile: of (I, J).
-        mirror: of (J, I).
-        rows: examples of I.
-        columns: examples of J.
-        labels: of all examples.
-        norms: of all examples; NaN: not known.
+    Args as of `asymmetry_of_sums`, and the norms of all examples; NaN: not known.
     """
     of_rows, of_columns = (_scaled(norms, part) for part in (rows, columns))
     there, back = (
