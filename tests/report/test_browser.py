@@ -205,11 +205,15 @@ class TestSliders:
 
         page.find_element("css selector", "#matrix-details summary").click()
         press(page, "choose-iteration", Keys.HOME)
-        cells = page.find_elements("css selector", "#matrix tbody td")
+        # In one look: a fold that opens tells the page a moment later, which makes the table again.
+        cells = page.execute_script(
+            """return [...document.querySelectorAll("#matrix tbody td")]
+                .map((cell) => cell.textContent)"""
+        )
 
         assert len(cells) == 100
         sign = of_seed(numbers.class_matrix, None)["sign"].values[0, 0]
-        found = [number(cell.text.partition(" ")[0]) for cell in cells]
+        found = [number(cell.partition(" ")[0]) for cell in cells]
         np.testing.assert_allclose(found, sign.ravel(), atol=0.0052)
 
 
@@ -226,10 +230,13 @@ class TestCopy:
             button = page.find_element("css selector", f"button[data-copies={name}]")
             page.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
             button.click()
-            content = page.execute_async_script(
-                "navigator.clipboard.readText().then(arguments[arguments.length - 1])"
+            # In one look: the button says so for two seconds only.
+            content, said = page.execute_async_script(
+                """const [button, done] = arguments;
+                navigator.clipboard.readText().then((text) => done([text, button.textContent]))""",
+                button,
             )
-            assert button.text == "Copied"
+            assert said == "Copied"
             return list(csv.DictReader(io.StringIO(content)))
 
         return press_and_paste
