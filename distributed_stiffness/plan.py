@@ -25,7 +25,7 @@ SMALLEST_BLOCK = 8
 SMALLEST_BATCH = 2
 # A pass over more examples than fill these many bytes, and a few, is not faster on a CPU.
 BATCH_BYTES = 64 * 2**20
-FEW = 32
+FEW = 64
 LARGEST_PANEL = 4  # row chunks of one task: what is lost with a replica stays small
 
 

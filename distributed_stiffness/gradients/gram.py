@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distributed_stiffness.gradients.precision import FLOAT32, Precision
+from distributed_stiffness.gradients.precision import FLOAT32, Precision, full_float32
 from distributed_stiffness.tiling import pieces
 
 # Products of positions with positions are made for so many pairs that they stay in the cache.
@@ -305,16 +305,15 @@ def folded_product(X_NP: Tensor, Y_MP: Tensor, precision: Precision = FLOAT32) -
     leaf = _LEAF_CUDA if X_NP.is_cuda else _LEAF
     blocks = list(_blocks(len(X_NP), len(Y_MP), leaf, symmetric=symmetric))
     total = torch.zeros(len(X_NP), len(Y_MP), device=X_NP.device)
-    for sums in pieces(slice(0, X_NP.shape[1]), fold * _SUMS):
-        some = total if sums.start == 0 else torch.zeros_like(total)
-        for part in pieces(sums, fold):
-            # All blocks of one part of the rows in turn, while it is in the cache.
-            X = precision.operand(X_NP[:, part])
-            Y = X if symmetric else precision.operand(Y_MP[:, part])
-            for above, left in blocks:
-                some[above, left] += precision.product(X[above], Y[left])
-        if some is not total:
-            total += some
+    with full_float32():
+        for sums in pieces(slice(0, X_NP.shape[1]), fold * _SUMS):
+            some = total if sums.start == 0 else torch.zeros_like(total)
+            for part in pieces(sums, fold):
+                # All blocks of one part of the rows in turn, while it is in the cache.
+                for above, left in blocks:
+                    some[above, left] += precision.product(X_NP[above, part], Y_MP[left, part])
+            if some is not total:
+                total += some
     return _mirror(total) if symmetric else total
 
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,12 +48,8 @@ class Precision:
         """Return over how many elements one product may run."""
         if self.name == "bf16":
             return _FOLD_BF16["cuda" if rows.is_cuda else "cpu"]
-        longest = _LONGEST_FOLD if _onednn_for(rows) is None else _LONGEST_FOLD_ONEDNN
+        longest = _LONGEST_FOLD_ONEDNN if _is_for_onednn(rows) else _LONGEST_FOLD
         return min(longest, max(_SHORTEST_FOLD, rows.shape[1] // _FOLDS))
-
-    def operand(self, X_NP: Tensor) -> Tensor:
-        """Lay out rows as `product` likes them, once for many products."""
-        return X_NP if _onednn_for(X_NP) is None else X_NP.contiguous()
 
     def product(self, X_NP: Tensor, Y_MP: Tensor) -> Tensor:
         """X Yᵀ, (N, M), float32 whatever the operands are."""
@@ -83,7 +80,9 @@ _MODES = {
     )
 }
 PRECISIONS = tuple(_MODES)
-_CPU_PRODUCTS: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 (not in the stubs)
+# Not in torch's stubs.
+_CPU_PRODUCTS: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009
+_CPU_CONVOLUTIONS: Any = getattr(torch.backends.mkldnn, "conv")  # noqa: B009
 
 
 def precision_mode(name: str, device: torch.device | str | None = None) -> Precision:
@@ -105,42 +104,40 @@ def precision_mode(name: str, device: torch.device | str | None = None) -> Preci
 
 
 def product_of_rows(X_NP: Tensor, Y_MP: Tensor) -> Tensor:
-    """X Yᵀ, (N, M): of float32 rows by the fastest routine that torch has on this device."""
-    by_onednn = _onednn_for(X_NP)
-    if by_onednn is None or not X_NP.numel() or not Y_MP.numel():
+    """X Yᵀ, (N, M), by the fastest routine that torch has on this device."""
+    with full_float32():
         return X_NP @ Y_MP.T
-    return by_onednn(X_NP.contiguous(), Y_MP.contiguous())
 
 
-def _onednn_for(rows: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
-    is_for_it = rows.device.type == "cpu" and rows.dtype == torch.float32
-    return onednn_product() if is_for_it else None
+def _is_for_onednn(rows: Tensor) -> bool:
+    return rows.device.type == "cpu" and rows.dtype == torch.float32 and onednn_multiplies()
 
 
 @functools.cache
-def onednn_product() -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Return oneDNN's X Yᵀ of contiguous float32 rows where torch's own product is much slower.
+def onednn_multiplies() -> bool:
+    """Whether products of float32 on this CPU are oneDNN's, as torch's own are much slower.
 
     torch multiplies by MKL, which uses half of an AVX-512 unit of a processor that is not Intel's:
-    205 GFLOP/s against 450 on two cores of an AMD Zen 5. torch compiles linear layers to this
-    routine of oneDNN; there is no public name for it. A rule by processor, not by a clock: every
-    replica of a kind of node makes the same bits.
+    205 GFLOP/s against 450 on two cores of an AMD Zen 5. It goes to oneDNN where that has leave to
+    round the operands to bfloat16 (`fp32_precision`); what cannot do so by AMX does not, and
+    multiplies in full. A rule by processor, not by a clock: every replica of a kind of node makes
+    the same bits.
     """
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     is_rival = "Intel" not in capabilities.get("cpu_name", "Intel")
-    if not (is_rival and capabilities.get("avx512_f")):
-        return None
+    has_amx = any(there for name, there in capabilities.items() if name.startswith("amx"))
+    is_faster = is_rival and bool(capabilities.get("avx512_f")) and not has_amx
+    return is_faster and leave_is_not_taken()
 
-    def product(X_NP: Tensor, Y_MP: Tensor) -> Tensor:
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(X_NP, Y_MP, None, "none", [], "")
-        return found
 
-    few = torch.arange(6.0).reshape(2, 3)
-    try:
-        is_right = torch.equal(product(few, few), few @ few.T)
-    except Exception:  # built without oneDNN, or another version of torch: whatever it raises
-        return None
-    return product if is_right else None
+def leave_is_not_taken() -> bool:
+    """Whether oneDNN multiplies float32 in full also where it need not.
+
+    Tried on whole numbers of 9 bits, of which bfloat16 has 8, and whose sums float32 holds exactly.
+    """
+    numbers = (7 * torch.arange(4096.0) % 509).reshape(64, 64)
+    with _switched(_CPU_PRODUCTS, "fp32_precision", "bf16"):
+        return torch.equal((numbers @ numbers).double(), numbers.double() @ numbers.double())
 
 
 def _two_parts(X: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,11 +167,49 @@ def _switched(backend: Any, switch: str, value: Any) -> Iterator[None]:
         setattr(backend, switch, before)
 
 
-@contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Keep TF32 off: torch has it on for convolutions, with 10-bit mantissas."""
-    with (
-        _switched(torch.backends.cudnn, "allow_tf32", False),
-        _switched(torch.backends.cuda.matmul, "allow_tf32", False),
-    ):
-        yield
+def full_float32() -> contextlib.AbstractContextManager[None]:
+    """Multiply float32 numbers in full, by the fastest routine that does, whatever is set.
+
+    torch has TF32 on for convolutions on CUDA, with 10-bit mantissas, and a user may have allowed
+    bfloat16 on a CPU.
+    """
+    return _FULL_FLOAT32.entered()
+
+
+@dataclass(eq=False)
+class _Shared:
+    """Settings of the process that any number of threads may want at a time.
+
+    The first that comes sets them, the last that goes restores what was.
+    """
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    inside: int = 0
+    settings: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        with self.lock:
+            if not self.inside:
+                self._set()
+            self.inside += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.inside -= 1
+                if not self.inside:
+                    self.settings.close()
+
+    def _set(self) -> None:
+        products = "bf16" if onednn_multiplies() else "ieee"
+        for backend, switch, value in (
+            (torch.backends.cudnn, "allow_tf32", False),
+            (torch.backends.cuda.matmul, "allow_tf32", False),
+            (_CPU_PRODUCTS, "fp32_precision", products),
+            (_CPU_CONVOLUTIONS, "fp32_precision", "ieee"),
+        ):
+            self.settings.enter_context(_switched(backend, switch, value))
+
+
+_FULL_FLOAT32 = _Shared()

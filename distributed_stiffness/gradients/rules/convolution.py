@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distributed_stiffness.gradients.rules.rule import Call, Positions, Rule, Seen
-from distributed_stiffness.tiling import pieces
 
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
@@ -27,8 +26,6 @@ _DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 # shapes of ResNet-20 and ResNet-18 (docs/design/0004-layers.md). A rule by shape, not by a clock:
 # the same bits again.
 _POSITIONS_FOR_STEPS = 128
-# Patches of so many numbers stay in the cache of each core until they are multiplied.
-_NUMBERS_IN_CACHE = 2**18
 
 
 class Convolution(Rule):
@@ -126,17 +123,14 @@ class Convolution(Rule):
         weight = call.parameters["weight"]
         n, p, kernel, d = len(D), weight.shape[0], weight.shape[2:], image.shape[1]
         D_NpT, width = D.flatten(2), math.prod(D.shape[3:])
-        steps = [step * call.settings["dilation"][0] * width for step in range(kernel[0])]
-        grad = D.new_empty(len(steps), n, p, math.prod(kernel[1:]) * d)
-        room = _NUMBERS_IN_CACHE * torch.get_num_threads()
-        for few in pieces(slice(0, n), max(1, room // self.scratch(call, D))):
-            # Of the first dimension every line is there: it moves by products further down.
-            lines = self._padded(call, image[few])
-            patches = self._patches(call, lines, D[few], first=(lines.shape[1], 1))
-            patches_NTk = patches.reshape(len(lines), -1, grad.shape[-1])
-            for part, at in zip(grad, steps, strict=True):
-                rows = patches_NTk[:, at : at + D_NpT.shape[2]]
-                torch.bmm(D_NpT[few], rows, out=part[few])
+        grad = D.new_empty(kernel[0], n, p, math.prod(kernel[1:]) * d)
+        # Of the first dimension every line is there: it moves by products further down.
+        lines = self._padded(call, image)
+        patches = self._patches(call, lines, D, first=(lines.shape[1], 1))
+        patches_NTk = patches.reshape(n, -1, grad.shape[-1])
+        for step, part in enumerate(grad):
+            first = step * call.settings["dilation"][0] * width
+            torch.bmm(D_NpT, patches_NTk[:, first : first + D_NpT.shape[2]], out=part)
         split = grad.reshape(kernel[0], n, p, *kernel[1:], d)
         return split.movedim(0, 2).movedim(-1, 2)
 
