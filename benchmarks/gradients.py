@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distributed_stiffness.gradients import gram_matrix
+from distributed_stiffness.gradients import cosine_matrix
 from distributed_stiffness.gradients.precision import product_of_rows
 from distributed_stiffness.models import cnn, fully_connected, resnet20
 from distributed_stiffness.plan import in_words
@@ -150,7 +150,7 @@ def ours(
     parameters: list[str] | None = None,
 ) -> Matrix:
     """Without the checks against float64, which no public tool makes; as it is used, with them."""
-    matrix = gram_matrix(
+    matrix = cosine_matrix(
         model,
         "cross_entropy",
         (inputs, targets),

@@ -279,19 +279,19 @@ def cosine(rows: Rows, columns: Rows, precision: Precision = FLOAT32) -> Tensor:
 
     Of a block with itself (the same object) only one triangle is computed, and mirrored.
     """
+    symmetric = rows is columns
     if rows.dense_NP.shape[1]:
-        total = folded_product(rows.dense_NP, columns.dense_NP, precision)
+        total = _folded(rows.dense_NP, columns.dense_NP, precision)
         total *= rows.dense_scale_N.unsqueeze(1)
         total *= columns.dense_scale_N
     else:
         total = torch.zeros(len(rows), len(columns), device=rows.norm.device)
-    blocks = _blocks(len(rows), len(columns), _LEAF_OF_FACTORS, symmetric=rows is columns)
+    blocks = _blocks(len(rows), len(columns), _LEAF_OF_FACTORS, symmetric=symmetric)
     for above, left in blocks:
         for f, g in zip(rows.factors, columns.factors, strict=True):
             total[above, left] += f.take(above).gram(g.take(left), precision)
-    if rows is columns:
-        _mirror(total)
-    return total.clamp_(-1.0, 1.0)
+    total.clamp_(-1.0, 1.0)
+    return _mirror(total) if symmetric else total
 
 
 def folded_product(X_NP: Tensor, Y_MP: Tensor, precision: Precision = FLOAT32) -> Tensor:
@@ -301,9 +301,15 @@ def folded_product(X_NP: Tensor, Y_MP: Tensor, precision: Precision = FLOAT32) -
     against 1.5e-6 at P = 270,000), and so does a sum of very many short sums. Of X with itself (the
     same object) one triangle is computed, and mirrored.
     """
-    fold, symmetric = precision.fold(X_NP), X_NP is Y_MP
+    total = _folded(X_NP, Y_MP, precision)
+    return _mirror(total) if X_NP is Y_MP else total
+
+
+def _folded(X_NP: Tensor, Y_MP: Tensor, precision: Precision) -> Tensor:
+    """Of X with itself the upper triangle."""
+    fold = precision.fold(X_NP)
     leaf = _LEAF_CUDA if X_NP.is_cuda else _LEAF
-    blocks = list(_blocks(len(X_NP), len(Y_MP), leaf, symmetric=symmetric))
+    blocks = list(_blocks(len(X_NP), len(Y_MP), leaf, symmetric=X_NP is Y_MP))
     total = torch.zeros(len(X_NP), len(Y_MP), device=X_NP.device)
     with full_float32():
         for sums in pieces(slice(0, X_NP.shape[1]), fold * _SUMS):
@@ -314,7 +320,7 @@ def folded_product(X_NP: Tensor, Y_MP: Tensor, precision: Precision = FLOAT32) -
                     some[above, left] += precision.product(X_NP[above, part], Y_MP[left, part])
             if some is not total:
                 total += some
-    return _mirror(total) if symmetric else total
+    return total
 
 
 def _blocks(n: int, m: int, leaf: int, *, symmetric: bool) -> Iterator[tuple[slice, slice]]:
@@ -344,7 +350,13 @@ def _mirror(matrix: Tensor) -> Tensor:
 
     A product of rows with themselves need not be symmetric to the last bit.
     """
-    return matrix.triu_().add_(matrix.triu(1).T)
+    for above, left in _upper_blocks(slice(0, len(matrix)), _LEAF):
+        block = matrix[above, left]
+        if above == left:
+            block.copy_(block.triu() + block.triu(1).T)
+        else:
+            matrix[left, above] = block.T
+    return matrix
 
 
 def _norms(X: Tensor) -> Tensor:

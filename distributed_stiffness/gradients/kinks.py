@@ -31,15 +31,14 @@ from distributed_stiffness.gradients.nearest import (
     nearest_pairs,
 )
 
-# A unit is near a kink if it is no farther than so many times what rounding has moved the units of
-# that call by, both root mean squares: of normal errors 1 in 1,000 that change a side come from
-# farther, and none of 21 that were seen came from farther than 1.6 (ResNet-18 and 20). Near ones
-# cost a forward pass in float64, of 2 to 15 % of the examples.
+# A unit is near a kink if it is no farther than so many times what rounding has moved units like it
+# by, both root mean squares: of normal errors 1 in 1,000 that change a side come from farther, and
+# none of 66 that were seen came from farther than 1.9 (DenseNet-121 and ResNet-18). Near ones cost
+# a forward pass in float64, of 2 to 15 % of the examples.
 FARTHEST = 3.0
 # What rounding moves units by is measured, as a share of their size: 1e-7 in the first layer of a
 # network, 7e-7 in the last of ResNet-20, 3e-6 in that of ResNet-18.
 _LEAST = 6e-8  # it is never taken to be less: half of a float32's last place
-_TYPICAL = 2.5e-7  # where it was not measured
 # So many units of an example may be exactly at a kink by chance, as where a sum cancels; more are
 # so by construction, in every precision: a region that is black, a channel that is dead.
 FEW = 8
@@ -50,9 +49,48 @@ class Sides:
     """The arguments of a call, seen from its kink."""
 
     x: Tensor  # (N, ...), whose size says what rounding is
-    nearest: Callable[[], Nearest]  # of all examples
+    shape: Sequence[int]  # of the units of an example
+    nearest: Callable[[Tensor], Nearest]  # weight of each unit -> of all examples
     distance: Callable[[Tensor], Tensor]  # examples (k,) -> of each of their units, (k, ...)
     of: Callable[[Tensor], Tensor]  # examples (k,) -> the side of each of their units, (k, units)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What rounding moves the units of a call by, as a share of their size.
+
+    Channels differ by their normalisation, and positions by what lies around them: of 66 units that
+    were on the wrong side in DenseNet-121 and ResNet-18 some came from farther than twice the root
+    mean square of their call, none from farther than 1.9 times that of their channel or position.
+    """
+
+    most: float  # of the unit that it moves most
+    weight: Tensor  # (...), how many times less it moves each
+
+    def of_units(self, shape: Sequence[int]) -> Tensor:
+        """Return the weights of units (...), 1 where others were measured."""
+        return self.weight if tuple(self.weight.shape) == tuple(shape) else torch.ones(())
+
+    @staticmethod
+    def between(rounded: Tensor, true: Tensor, size: float) -> Moved:
+        """Compare the units of some examples, (n, ...), of a root mean square `size`.
+
+        A unit moves by what units of its channel do, or of its row, or column: whichever is most,
+        and never by less than all of them together.
+        """
+        square = (rounded - true).square()
+        whole = square.mean()
+        if not size > 0 or not 0 < float(whole) < torch.inf:
+            return Moved(_LEAST, torch.ones(()))
+        moved = whole.expand(square.shape[1:])
+        for axis in range(1, square.dim()):
+            others = [k for k in range(square.dim()) if k != axis]
+            moved = torch.maximum(moved, square.mean(others, keepdim=True)[0])
+        share = (moved.sqrt() / size).clamp(min=_LEAST)
+        return Moved(float(share.max()), (share.max() / share).float())
+
+
+TYPICAL = Moved(2.5e-7, torch.ones(()))  # where it was not measured
 
 
 @dataclass(frozen=True)
@@ -76,7 +114,7 @@ class Kinks(TorchFunctionMode):
     """
 
     n: int
-    rounding: Sequence[float] = ()
+    rounding: Sequence[Moved] = ()
     calls: list[Near | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -99,9 +137,9 @@ class Kinks(TorchFunctionMode):
 
     def _look(self, sides: Sides) -> None:
         is_known = len(self.calls) < len(self.rounding)
-        rounding = self.rounding[len(self.calls)] if is_known else _TYPICAL
+        moved = self.rounding[len(self.calls)] if is_known else TYPICAL
         is_watched = sides.x.dim() > 1 and len(sides.x) == self.n
-        self.calls.append(near(sides, FARTHEST * rounding) if is_watched else None)
+        self.calls.append(near(sides, moved) if is_watched else None)
 
     def examples(self) -> Tensor:
         """Return the examples with a unit near a kink, (k,) int64, ascending."""
@@ -135,7 +173,7 @@ class KinksAgain(Kinks):
 
 
 class Rounding(Kinks):
-    """Keep what calls with a kink are given, so that two passes can be compared.
+    """Keep how far units are from their kinks, so that two passes can be compared.
 
     Args:
         n: examples.
@@ -143,27 +181,23 @@ class Rounding(Kinks):
 
     def __init__(self, n: int) -> None:
         super().__init__(n)
-        self._given: list[Tensor] = []
+        self._given: list[tuple[Tensor, float]] = []  # distances (n, ...), size of the arguments
 
     def _look(self, sides: Sides) -> None:
-        self._given.append(sides.x.to(torch.float64, copy=True))  # it may be overwritten
+        units = sides.distance(torch.arange(len(sides.x))).double()
+        size = torch.linalg.vector_norm(sides.x.double()) / max(1, sides.x.numel()) ** 0.5
+        self._given.append((units, float(size)))
 
     @property
     def has_looked(self) -> bool:
         """Whether there was such a call."""
         return bool(self._given)
 
-    def against(self, exact: Rounding) -> tuple[float, ...]:
-        """Return what rounding has moved the units of each call by, as a share of their size.
-
-        Both are root mean squares, over all units of all examples. `_LEAST` where nothing was
-        moved, or where a size is not finite.
-        """
+    def against(self, exact: Rounding) -> tuple[Moved, ...]:
+        """Return what rounding has moved the units of each call by."""
         return tuple(
-            max(_LEAST, float(torch.dist(x, true) / torch.linalg.vector_norm(true)))
-            if x.shape == true.shape and float(torch.linalg.vector_norm(true)) > 0
-            else _LEAST
-            for x, true in zip(self._given, exact._given, strict=False)
+            Moved.between(units, true, size) if units.shape == true.shape else TYPICAL
+            for (units, _), (true, size) in zip(self._given, exact._given, strict=False)
         )
 
 
@@ -175,17 +209,18 @@ def _all(parts: Sequence[Tensor]) -> Tensor:
     return found
 
 
-def near(sides: Sides, share: float) -> Near:
-    """Return the units of a call that are within a share of their size of its kink.
+def near(sides: Sides, moved: Moved) -> Near:
+    """Return the units of a call that are near its kink.
 
-    The size is the root mean square of the units of an example.
+    The size that `moved` is a share of is the root mean square of the units of an example.
     """
-    found = sides.nearest()
+    weight = moved.of_units(sides.shape)
+    found = sides.nearest(weight)
     norm = torch.linalg.vector_norm(in_memory_order(sides.x), dim=1)
-    limit = share * norm / max(1, sides.x[0].numel()) ** 0.5
+    limit = FARTHEST * moved.most * norm / max(1, sides.x[0].numel()) ** 0.5
     by_chance = (found.on_it > 0) & (found.on_it <= FEW)
     rows = ((found.distance < limit) | by_chance).nonzero().flatten()
-    part = sides.distance(rows).flatten(1).abs()
+    part = (sides.distance(rows).abs() * weight).flatten(1)
     is_near = (part < limit[rows, None]) & ((part > 0) | by_chance[rows, None])
     row, units = is_near.nonzero().unbind(1)
     return Near(rows[row], units, sides.of(rows)[row, units])
@@ -198,7 +233,8 @@ def _at(kink: float | Tensor, x: Tensor) -> Sides:
     distance = x - kink if isinstance(kink, Tensor) or kink else x
     return Sides(
         x,
-        lambda: nearest(distance),
+        distance.shape[1:],
+        lambda weight: nearest(distance, weight),
         lambda rows: distance[rows],
         lambda rows: (distance[rows] > 0).long().flatten(1),
     )
@@ -266,15 +302,15 @@ def _largest(
         found = torch.where(second == -torch.inf, top.abs(), top - second)
         return found.masked_fill_((found == 0) & (top != 0), torch.finfo(x.dtype).tiny)
 
-    def all_nearest() -> Nearest:
+    def all_nearest(weight: Tensor) -> Nearest:
         if is_for_loops(x) and not any(margins) and spread == (1, 1) and size != (1, 1):
-            return nearest_pairs(x, size, step)
-        return nearest(gap(x))
+            return nearest_pairs(x, weight, size, step)
+        return nearest(gap(x), weight)
 
     def which(rows: Tensor) -> Tensor:
         return places(x[rows], *settings)[1].flatten(1)
 
-    return [Sides(x, all_nearest, lambda rows: gap(x[rows]), which)]
+    return [Sides(x, (x.shape[1], *windows), all_nearest, lambda rows: gap(x[rows]), which)]
 
 
 _KINKS: dict[Callable[..., Any], Callable[..., list[Sides]]] = {

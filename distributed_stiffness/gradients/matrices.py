@@ -104,11 +104,11 @@ def gram_matrix(
     """Return g_i·g_j of all pairs, dims (example, other), float64; arguments as `cosine_matrix`."""
     work = _work(model, loss, examples, others, parameters, precision, memory, check)
     (values,), ((rows, columns),) = work.matrices(progress=progress)
-    products = values.astype(np.float64)
-    products *= rows[:, None]
-    products *= columns
+    products = torch.from_numpy(values).double()
+    products *= torch.from_numpy(rows).unsqueeze(1)
+    products *= torch.from_numpy(columns)
     return _labelled(
-        products,
+        products.numpy(),
         "dot product of two loss gradients",
         {"parameters": list(work.gradients.parameters)},
     )

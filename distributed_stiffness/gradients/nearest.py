@@ -23,7 +23,7 @@ _TINY = np.finfo(np.float32).tiny
 class Nearest(NamedTuple):
     """How near the units of each example come to a kink, but for those that are on it."""
 
-    distance: Tensor  # (N,) the smallest that is not 0; infinite where there is none
+    distance: Tensor  # (N,) the smallest weighted one that is not 0; infinite where there is none
     on_it: Tensor  # (N,) int32, units
 
 
@@ -32,24 +32,33 @@ def is_for_loops(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def nearest(distance: Tensor) -> Nearest:
-    """Look at distances (N, …), in any memory format."""
+def nearest(distance: Tensor, weight: Tensor) -> Nearest:
+    """Look at distances (N, …), in any memory format, each times the weight of its unit (…)."""
     if not is_for_loops(distance):
-        size = distance.abs().flatten(1)
+        size = (distance.abs() * weight).flatten(1)
         on_it = size == 0
         return Nearest(size.masked_fill(on_it, math.inf).amin(1), on_it.sum(1, dtype=torch.int32))
-    bits = in_memory_order(distance.detach()).numpy().view(np.uint32)
-    return _found(bits, lambda some, *found: _nearest(bits[some], *found))
+    units = in_memory_order(distance.detach()).numpy()
+    order = [axis - 1 for axis in _memory_order(distance)]
+    weights = weight.expand(distance.shape[1:]).permute(order).flatten().numpy()
+    return _found(units, lambda some, *found: _nearest(units[some], weights, *found))
 
 
-def nearest_pairs(x: Tensor, size: tuple[int, int], step: tuple[int, int]) -> Nearest:
+def nearest_pairs(
+    x: Tensor, weight: Tensor, size: tuple[int, int], step: tuple[int, int]
+) -> Nearest:
     """Look at the largest of each window of images (N, C, H, W) against the second; see `gap`.
 
     Only of what `is_for_loops`, and windows within the image. Windows whose largest is 0 are on
     the kink if the second is 0 too; any other tie is at the smallest distance that there is.
+    `weight` is of each window, (C, h, w) or what can be expanded to it.
     """
     images = x.detach().permute(0, 2, 3, 1).contiguous().numpy()
-    return _found(images, lambda some, *found: _nearest_pairs(images[some], *size, *step, *found))
+    windows = [(x.shape[2 + k] - size[k]) // step[k] + 1 for k in (0, 1)]
+    weights = weight.expand(x.shape[1], *windows).permute(1, 2, 0).contiguous().numpy()
+    return _found(
+        images, lambda some, *found: _nearest_pairs(images[some], weights, *size, *step, *found)
+    )
 
 
 def _found(examples: np.ndarray, look: Callable[..., None]) -> Nearest:
@@ -64,8 +73,11 @@ def _found(examples: np.ndarray, look: Callable[..., None]) -> Nearest:
 
 def in_memory_order(units: Tensor) -> Tensor:
     """Flatten the units of each example, in the order in which they lie: no copy is made."""
-    order = sorted(range(1, units.dim()), key=units.stride, reverse=True)
-    return units.permute(0, *order).flatten(1)
+    return units.permute(0, *_memory_order(units)).flatten(1)
+
+
+def _memory_order(units: Tensor) -> list[int]:
+    return sorted(range(1, units.dim()), key=units.stride, reverse=True)
 
 
 # Sizes of float32 numbers are ordered as their bits are, without the sign. Less 1, a 0 becomes the
@@ -74,20 +86,32 @@ def in_memory_order(units: Tensor) -> Tensor:
 _SIZE, _ONE, _NONE = np.uint32(0x7FFFFFFF), np.uint32(1), np.uint32(0xFFFFFFFF)
 
 
+_BLOCK = 2048  # weighted distances that stay in the first cache until they are compared
+
+
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _nearest(bits: np.ndarray, smallest: np.ndarray, on_it: np.ndarray) -> None:
-    for i in range(bits.shape[0]):
-        row, least, zeros = bits[i], _NONE, np.uint32(0)
-        for j in range(row.shape[0]):
-            size = row[j] & _SIZE
-            zeros += np.uint32(size == 0)
-            least = min(least, np.uint32(size - _ONE))
+def _nearest(
+    units: np.ndarray, weight: np.ndarray, smallest: np.ndarray, on_it: np.ndarray
+) -> None:
+    weighted = np.empty(_BLOCK, np.float32)
+    bits = weighted.view(np.uint32)
+    for i in range(units.shape[0]):
+        row, least, zeros = units[i], _NONE, np.uint32(0)
+        for start in range(0, row.shape[0], _BLOCK):
+            n = min(_BLOCK, row.shape[0] - start)
+            for j in range(n):
+                weighted[j] = row[start + j] * weight[start + j]
+            for j in range(n):
+                size = bits[j] & _SIZE
+                zeros += np.uint32(size == 0)
+                least = min(least, np.uint32(size - _ONE))
         smallest[i], on_it[i] = least, zeros
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _nearest_pairs(
     images: np.ndarray,
+    weight: np.ndarray,
     height: int,
     width: int,
     down: int,
@@ -111,8 +135,9 @@ def _nearest_pairs(
                         other = value if value < largest else largest
                         second[c] = other if other > second[c] else second[c]
                         top[c] = value if value > largest else largest
+                weights = weight[y // down, x // right]
                 for c in range(C):
-                    difference = top[c] - second[c]
+                    difference = (top[c] - second[c]) * weights[c]
                     gap[c] = _TINY if (difference == 0) & (top[c] != 0) else difference
                 for c in range(C):
                     zeros += np.uint32(bits[c] == 0)

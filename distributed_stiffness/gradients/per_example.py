@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distributed_stiffness.errors import GradientError, ModelError
+from distributed_stiffness.gradients.attention import ShortAttention
 from distributed_stiffness.gradients.batches import (
     Nest,
     arguments,
@@ -37,7 +38,7 @@ from distributed_stiffness.gradients.batches import (
 from distributed_stiffness.gradients.capture import Capture, Captured, Source
 from distributed_stiffness.gradients.decompositions import TakenApart
 from distributed_stiffness.gradients.gram import Factors, Rows, unit_rows
-from distributed_stiffness.gradients.kinks import Kinks, KinksAgain, Rounding
+from distributed_stiffness.gradients.kinks import Kinks, KinksAgain, Moved, Rounding
 from distributed_stiffness.gradients.layout import PLAIN
 from distributed_stiffness.gradients.loss_head import (
     Loss,
@@ -101,7 +102,7 @@ class PerExampleGradients:
             self.model, self._image_format = _channels_last(model, sample[0])
         self._bind(in_play)
         self._writes_inputs = False
-        self._sample: tuple[Nest, Nest] = take(sample, slice(3))
+        self._sample: tuple[Nest, Nest] = take(sample, slice(8))
         self.recipe = self._read_recipe(*sample)
         if factored is not None:
             self.recipe = self.recipe.with_factored(factored)
@@ -204,8 +205,8 @@ class PerExampleGradients:
                 target[wrong] = source
 
     @functools.cached_property
-    def _rounding(self) -> tuple[float, ...]:
-        """What rounding moves the arguments of each call with a kink by (kinks.py)."""
+    def _rounding(self) -> tuple[Moved, ...]:
+        """What rounding moves the units of each call with a kink by (kinks.py)."""
         n = count_examples(self._sample[0])
         with Rounding(n) as rounded:
             self._run(*self._sample)
@@ -213,7 +214,7 @@ class PerExampleGradients:
             return ()
         with Rounding(n) as exact:
             self._in_float64._run(*self._sample)
-        found: tuple[float, ...] = rounded.against(exact)
+        found: tuple[Moved, ...] = rounded.against(exact)
         return found
 
     @torch.no_grad()
@@ -297,6 +298,7 @@ class PerExampleGradients:
         seen = tensors((args, kwargs))
         with (
             torch.enable_grad(),
+            ShortAttention(),
             Capture(self.parameters, self._constants, seen, copying) as capture,
         ):
             outputs = self._network.module(*args, **kwargs)

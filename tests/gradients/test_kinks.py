@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from distributed_stiffness.gradients import cosine_matrix
 from distributed_stiffness.gradients.gram import cosine
-from distributed_stiffness.gradients.kinks import Kinks, KinksAgain, Rounding
+from distributed_stiffness.gradients.kinks import Kinks, KinksAgain, Moved, Rounding
 from distributed_stiffness.gradients.per_example import PerExampleGradients
 from distributed_stiffness.gradients.reference import Reference
 
@@ -129,7 +129,7 @@ class TestRounding:
         Call by call, as a share of the size of what float64 gives there.
         """
         true = inputs().double()
-        moved = true * (1 + 1e-6 * torch.randn(true.shape, dtype=torch.float64))
+        moved = true + 1e-6 * torch.randn(true.shape, dtype=torch.float64)
 
         with Rounding(3) as rounded:
             F.relu(true)
@@ -139,9 +139,44 @@ class TestRounding:
             nn.ReLU(inplace=True)(true.clone())
 
         least, found = rounded.against(exact)
-        size = torch.linalg.vector_norm(true)
-        assert found == pytest.approx(float(torch.linalg.vector_norm(moved - true) / size))
-        assert 0 < least < 1e-7
+        size = torch.linalg.vector_norm(true) / true.numel() ** 0.5
+        share = 1e-6 / float(size)
+        assert share < found.most < 3 * share
+        assert found.weight.shape == true.shape[1:]
+        assert found.weight.min() == 1.0
+        assert 0 < least.most < 1e-7
+
+    def test_of_a_channel_that_is_moved_more(self) -> None:
+        """
+        By its normalisation, say; the others are not taken to be moved as much.
+        """
+        true = torch.randn(8, 5, 6, 6, dtype=torch.float64)
+        scale = torch.tensor([1.0, 1.0, 8.0, 1.0, 1.0])[:, None, None]
+
+        moved = Moved.between(true + 1e-6 * scale * torch.randn_like(true), true, 1.0)
+
+        by_channel = (moved.most / moved.weight).amax((1, 2))
+        assert by_channel[2] == pytest.approx(8e-6, rel=0.5)
+        assert float(by_channel[[0, 1, 3, 4]].max()) < 6e-6
+
+    @pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, padding=1)])
+    def test_of_windows(self, pool: nn.Module) -> None:
+        """
+        It is the distance of the largest from the second that is moved.
+        """
+        true = torch.rand(3, 2, 6, 6, dtype=torch.float64)
+
+        with Rounding(3) as rounded:
+            pool(true + 1e-6 * torch.randn(true.shape, dtype=torch.float64))
+        with Rounding(3) as exact:
+            pool(true)
+        (moved,) = rounded.against(exact)
+
+        assert moved.weight.shape == pool(true).shape[1:]
+        assert 1e-6 < moved.most < 1e-5
+        with Kinks(3, (moved,)) as kinks:
+            pool(true.float())
+        assert kinks.calls[0] is not None
 
     def test_says_how_near_is_near(self) -> None:
         """
@@ -150,11 +185,31 @@ class TestRounding:
         x = inputs(2e-3)
         size = float(torch.linalg.vector_norm(x[1])) / x[1].numel() ** 0.5
         call = 2e-3 / size / 3  # so much is three times as far
+        others = torch.full(x.shape[1:], 8.0)
 
         for rounding, expected in ((0.9 * call, []), (1.1 * call, [1])):
-            with Kinks(3, (rounding,)) as kinks:
+            with Kinks(3, (Moved(rounding, torch.ones(())),)) as kinks:
                 F.relu(x)
             assert kinks.examples().tolist() == expected
+            # As much for this unit, an eighth for others: the same.
+            weight = torch.where(x[1].abs() == 2e-3, 1.0, others)
+            with Kinks(3, (Moved(rounding, weight),)) as kinks:
+                F.relu(x)
+            assert kinks.examples().tolist() == expected
+            with Kinks(3, (Moved(rounding, others),)) as kinks:
+                F.relu(x)
+            assert kinks.examples().tolist() == []
+
+    def test_of_other_units_than_were_measured(self) -> None:
+        """
+        A longer text, a larger image: all are taken to be moved as the most were.
+        """
+        x = inputs(2e-3)
+
+        with Kinks(3, (Moved(1.0, torch.full((7,), 1e9)),)) as kinks:
+            F.relu(x)
+
+        assert kinks.examples().tolist() == [0, 1, 2]
 
     def test_covers_the_depth_of_a_network(self) -> None:
         """

@@ -16,8 +16,11 @@ from distributed_stiffness.gradients.nearest import Nearest, nearest, nearest_pa
 SIZES = st.sampled_from([0.0, -0.0, 1.0, -2.5, 1e-30, -1e-45, math.inf, -math.inf])
 
 
-def by_torch(distance: Tensor) -> Nearest:
-    size = distance.abs().flatten(1)
+ALIKE = torch.ones(())
+
+
+def by_torch(distance: Tensor, weight: Tensor = ALIKE) -> Nearest:
+    size = (distance.abs() * weight).flatten(1)
     smallest = size.masked_fill(size == 0, math.inf).amin(1)
     return Nearest(smallest, (size == 0).sum(1, dtype=torch.int32))
 
@@ -34,7 +37,7 @@ def test_zeros_are_counted_and_the_rest_compared_by_size(rows: list[list[float]]
     """
     distance = torch.tensor(rows)
 
-    assert_same(nearest(distance), by_torch(distance))
+    assert_same(nearest(distance, ALIKE), by_torch(distance))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -43,15 +46,17 @@ def test_large_images_in_any_layout(layout: torch.memory_format) -> None:
     Several threads look at shares of the examples.
     """
     distance = torch.randn(70, 16, 64, 64).contiguous(memory_format=layout)
+    weight = 1 + torch.rand(16, 64, 64)
 
-    assert_same(nearest(distance), by_torch(distance))
+    assert_same(nearest(distance, weight), by_torch(distance, weight))
+    assert_same(nearest(distance, weight[:, :1, :1]), by_torch(distance, weight[:, :1, :1]))
 
 
 def test_a_number_that_is_none_is_far() -> None:
     """
     A network that has diverged is not looked at again.
     """
-    assert not bool(nearest(torch.full((1, 3), math.nan)).distance < 1.0)
+    assert not bool(nearest(torch.full((1, 3), math.nan), ALIKE).distance < 1.0)
 
 
 @pytest.mark.parametrize(("size", "step"), [((2, 2), (2, 2)), ((3, 3), (2, 2)), ((1, 3), (1, 1))])
@@ -66,6 +71,8 @@ def test_the_largest_of_a_window_against_the_second(
     windows = x.unfold(2, size[0], step[0]).unfold(3, size[1], step[1]).flatten(4)
     top, second = windows.topk(2, dim=4).values.unbind(4)
     gap = top - second
-    gap[(gap == 0) & (top > 0)] = torch.finfo(torch.float32).tiny
+    weight = 2.0 ** torch.randint(0, 4, gap.shape[1:])  # which rounds nothing
+    tie = torch.finfo(torch.float32).tiny
+    gap = torch.where((gap == 0) & (top > 0), tie / weight, gap)
 
-    assert_same(nearest_pairs(x, size, step), by_torch(gap))
+    assert_same(nearest_pairs(x, weight, size, step), by_torch(gap, weight))

@@ -1,8 +1,10 @@
-"""Products of rows, by torch's own routine and by that of oneDNN, against float64."""
+"""Products of float32, by torch's own routine and by that of oneDNN, against float64."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,28 +13,24 @@ from torch.nn import functional as F
 
 from distributed_stiffness.gradients import precision
 from distributed_stiffness.gradients.gram import folded_product
-from distributed_stiffness.gradients.precision import onednn_product, product_of_rows
+from distributed_stiffness.gradients.precision import (
+    full_float32,
+    leave_is_not_taken,
+    onednn_multiplies,
+    product_of_rows,
+)
+
+ON_CPU: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
 @pytest.fixture(params=["torch", "oneDNN"])
-def routine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Whichever is best for this processor and the other one, if torch was built with it."""
-    chosen = None
-    if request.param == "oneDNN":
-        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-            pytest.skip("this torch was built without oneDNN")
-        onednn_product.cache_clear()
-        monkeypatch.setattr(
-            torch.cpu,
-            "get_capabilities",
-            lambda: {"cpu_name": "Another", "avx512_f": True},
-            raising=False,
-        )
-        chosen = onednn_product()
-        assert chosen is not None
-    monkeypatch.setattr(precision, "onednn_product", lambda: chosen)
-    yield request.param
-    onednn_product.cache_clear()
+def routine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whichever is best for this processor and the other one, if it multiplies in full here."""
+    is_onednn = request.param == "oneDNN"
+    if is_onednn and not leave_is_not_taken():
+        pytest.skip("oneDNN rounds to bfloat16 on this processor where it may")
+    monkeypatch.setattr(precision, "onednn_multiplies", lambda: is_onednn)
+    return str(request.param)
 
 
 def unit_rows(n: int, length: int, common: float = 0.0) -> Tensor:
@@ -91,3 +89,103 @@ def test_what_is_not_finite_stays_so() -> None:
 
     assert found[:1].isnan().all()
     assert found[1:].tolist() == [torch.inf, 3.0]
+
+
+@pytest.mark.usefixtures("routine")
+@pytest.mark.parametrize(
+    "shape", [(7, 1, 3, 5), (24, 16, 1024, 48), (8, 64, 64, 576), (3, 33, 900, 27), (2, 512, 64, 1)]
+)
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_of_many_small_matrices_are_right_too(
+    shape: tuple[int, int, int, int], is_transposed: bool
+) -> None:
+    """
+    As per-example gradients are made, of matrices however they lie.
+    """
+    n, p, length, d = shape
+    D, A = unit_rows(n * p, length).reshape(n, p, length), torch.randn(n, length, d)
+    if is_transposed:
+        D = D.transpose(1, 2).contiguous().transpose(1, 2)
+
+    with full_float32():
+        found = torch.bmm(D, A)
+
+    torch.testing.assert_close(found.double(), D.double() @ A.double(), atol=3e-6, rtol=0)
+
+
+@pytest.fixture
+def allowed_bfloat16() -> Iterator[None]:
+    before = ON_CPU.fp32_precision
+    ON_CPU.fp32_precision = "bf16"
+    yield
+    ON_CPU.fp32_precision = before
+
+
+@pytest.mark.usefixtures("routine", "allowed_bfloat16")
+def test_in_full_float32_whatever_is_allowed_outside() -> None:
+    """
+    A user may have allowed bfloat16, which rounds to 4e-3; so it is again afterwards.
+    """
+    X = unit_rows(64, 512)
+
+    with full_float32():
+        inside = X @ X.T
+
+    torch.testing.assert_close(inside.double(), X.double() @ X.double().T, atol=2e-6, rtol=0)
+    assert ON_CPU.fp32_precision == "bf16"
+
+
+def test_full_float32_lasts_until_the_last_thread_has_left() -> None:
+    """
+    Threads come and go in any order, and none takes the setting from under another.
+    """
+    before = ON_CPU.fp32_precision
+    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
+    seen = []
+
+    def first() -> None:
+        with full_float32():
+            first_is_in.set()
+            second_is_in.wait(10)
+        first_is_out.set()
+
+    def second() -> None:
+        first_is_in.wait(10)
+        with full_float32():
+            seen.append(ON_CPU.fp32_precision)
+            second_is_in.set()
+            first_is_out.wait(10)
+            seen.append(ON_CPU.fp32_precision)
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert seen == ["bf16" if onednn_multiplies() else "ieee"] * 2
+    assert ON_CPU.fp32_precision == before
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_f": True}, True),
+        ({"cpu_name": "AMD EPYC", "avx512_f": True, "amx_bf16": True}, False),
+        ({"cpu_name": "AMD EPYC", "avx512_f": False}, False),
+        ({"cpu_name": "Intel Xeon", "avx512_f": True}, False),
+        ({}, False),
+    ],
+)
+def test_onednn_multiplies_where_torch_is_slow_and_it_cannot_round(
+    capabilities: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    On a processor that is not Intel's, with AVX-512, without AMX: and if it was tried.
+    """
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    for is_full in (True, False):
+        monkeypatch.setattr(precision, "leave_is_not_taken", lambda is_full=is_full: is_full)
+        onednn_multiplies.cache_clear()
+        assert onednn_multiplies() == (expected and is_full)
+    onednn_multiplies.cache_clear()
