@@ -98,11 +98,13 @@ def _nearest(
     for i in range(units.shape[0]):
         row, least, zeros = units[i], _NONE, np.uint32(0)
         for start in range(0, row.shape[0], _BLOCK):
-            n = min(_BLOCK, row.shape[0] - start)
-            for j in range(n):
-                weighted[j] = row[start + j] * weight[start + j]
-            for j in range(n):
-                size = bits[j] & _SIZE
+            # Slices: an index that is a sum may be negative, and then nothing is done in parallel.
+            some, weights = row[start : start + _BLOCK], weight[start : start + _BLOCK]
+            for j in range(some.shape[0]):
+                weighted[j] = some[j] * weights[j]
+            sizes = bits[: some.shape[0]]
+            for j in range(sizes.shape[0]):
+                size = sizes[j] & _SIZE
                 zeros += np.uint32(size == 0)
                 least = min(least, np.uint32(size - _ONE))
         smallest[i], on_it[i] = least, zeros
