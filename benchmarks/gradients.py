@@ -54,7 +54,7 @@ SMALLEST_BUDGET = 300_000_000  # bytes of ours with little memory
 
 Built = tuple[nn.Module, Tensor, Tensor]
 Result = dict[str, Any]  # of a process
-Matrix = tuple[np.ndarray, list[str]]  # products of all pairs, and the parameters they cover
+Matrix = tuple[np.ndarray, list[str]]  # of all pairs, and the parameters it covers
 
 
 class Attention(nn.Module):
@@ -316,9 +316,12 @@ def compare(name: str, options: argparse.Namespace) -> tuple[list[str], list[str
             f"- {name}, {tool}: {agreement(name, result, first, options)}"
             for tool, result in found.items()
         ]
-    if "why" in first or "why" in last:
+    if any("why" in result for result in (first, last, bare)):
         row = [name, "-", "-", *(in_cell(result) for result in found.values()), "cannot"]
-        return [*row, *"--------"], [f"- {name}, ours: {first.get('why') or last['why']}", *notes]
+        return [*row, *"-------"], [
+            f"- {name}, ours: {first.get('why') or last.get('why') or bare['why']}",
+            *notes,
+        ]
     about = "product at {rate:.0f} GFLOP/s by torch, at {fastest:.0f} by ours".format(
         **{key: floor[key] / 1e9 for key in ("rate", "fastest")}
     )

@@ -255,7 +255,7 @@ def write_whole(filesystem: Any, path: str, content: bytes) -> None:
         filesystem.pipe_file(path, content)
 
 
-def write_durably(path: Path, content: bytes) -> None:
+def write_durably(path: Path, content: bytes | memoryview) -> None:
     """Write a whole file: temporary name, fsync, rename. A reader sees all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")

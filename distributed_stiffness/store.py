@@ -212,7 +212,8 @@ class _DurableLocalStore(zarr.storage.LocalStore):
 
     async def set(self, key: str, value: zarr.abc.buffer.Buffer) -> None:
         await self._ensure_open()
-        await asyncio.to_thread(write_durably, self.root / key, value.to_bytes())
+        content: Any = value.as_numpy_array()  # no copy, as to_bytes makes: it is megabytes
+        await asyncio.to_thread(write_durably, self.root / key, memoryview(content))
 
 
 class Store:

@@ -23,9 +23,9 @@ from distributed_stiffness.errors import StudyError
 from distributed_stiffness.factories import import_loss
 from distributed_stiffness.gradients.batches import Nest, call, from_numpy
 from distributed_stiffness.gradients.budget import fit
-from distributed_stiffness.gradients.per_example import PerExampleGradients
+from distributed_stiffness.gradients.per_example import EXAMPLES, PerExampleGradients
 from distributed_stiffness.gradients.precision import precision_mode
-from distributed_stiffness.gradients.self_check import EXAMPLES, self_check
+from distributed_stiffness.gradients.self_check import self_check
 from distributed_stiffness.models import check_outputs
 from distributed_stiffness.plan import Plan
 from distributed_stiffness.progress import Progress

@@ -37,7 +37,7 @@ from distributed_stiffness.factories import import_loss
 from distributed_stiffness.gradients.batches import Nest, from_numpy, map_tensors
 from distributed_stiffness.gradients.error_bound import error_bound, sample_examples
 from distributed_stiffness.gradients.gram import Rows, collect, cosine, folded_product
-from distributed_stiffness.gradients.per_example import PerExampleGradients
+from distributed_stiffness.gradients.per_example import EXAMPLES, PerExampleGradients
 from distributed_stiffness.gradients.reference import Reference
 from distributed_stiffness.plan import ROWS_SHARE, Plan
 from distributed_stiffness.store import Store, training_run
@@ -479,7 +479,7 @@ class Replica:
         return PerExampleGradients(
             model.eval(),
             self.loss,
-            self._examples(slice(0, 3)),
+            self._examples(slice(0, min(EXAMPLES, self.plan.n_examples))),
             parameters=chosen.parameters,
             precision=chosen.precision,
             factored=self.plan.factored,

@@ -13,14 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from distributed_stiffness.gradients.precision import onednn_multiplies
 
+# The plain formula, as torch calls it itself. To choose it by `sdpa_kernel` would be a setting of
+# the whole process, which two threads would leave changed.
+_plain: Callable[..., tuple[Tensor, Tensor]] | None = getattr(
+    torch, "_scaled_dot_product_attention_math", None
+)
 # Up to so many pairs of positions the plain formula is faster: at 197 positions 30 ms against 65,
 # at 512 positions 190 against 105 (64 times 3 and 8 times 12 heads of 64; forward and backward).
 _SHORT = 256**2
+# And T numbers are no more than so many times what a position of a head has.
+_NARROW = 8
 
 
 class ShortAttention(TorchFunctionMode):
@@ -35,12 +41,13 @@ class ShortAttention(TorchFunctionMode):
     ) -> Any:
         """Make the call."""
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and _is_short(*args, **kwargs):
-            with sdpa_kernel(SDPBackend.MATH):
-                return func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention and _plain and _is_short(*args, **kwargs):
+            return _plain(*args, **kwargs)[0]
         return func(*args, **kwargs)
 
 
 def _is_short(query: Tensor, key: Tensor, *_: Any, **__: Any) -> bool:
     is_for_onednn = query.device.type == "cpu" and query.dtype == torch.float32
-    return is_for_onednn and query.shape[-2] * key.shape[-2] <= _SHORT and onednn_multiplies()
+    is_few = key.shape[-2] <= _NARROW * query.shape[-1]
+    is_short = query.shape[-2] * key.shape[-2] <= _SHORT
+    return is_for_onednn and is_short and is_few and onednn_multiplies()

@@ -11,9 +11,8 @@ from torch import nn
 from distributed_stiffness.gradients.batches import Examples, count_examples, pair, take
 from distributed_stiffness.gradients.budget import fit, free_memory
 from distributed_stiffness.gradients.loss_head import Loss, WholeLoss
-from distributed_stiffness.gradients.per_example import FACTOR_BYTES, PerExampleGradients
+from distributed_stiffness.gradients.per_example import EXAMPLES, FACTOR_BYTES, PerExampleGradients
 from distributed_stiffness.gradients.recipe import Recipe
-from distributed_stiffness.gradients.self_check import EXAMPLES
 from distributed_stiffness.plan import Plan, in_words
 
 FORMS = {

@@ -281,7 +281,7 @@ def cosine(rows: Rows, columns: Rows, precision: Precision = FLOAT32) -> Tensor:
     """
     symmetric = rows is columns
     if rows.dense_NP.shape[1]:
-        total = _folded(rows.dense_NP, columns.dense_NP, precision)
+        total = _folded(rows.dense_NP, columns.dense_NP, precision, symmetric=symmetric)
         total *= rows.dense_scale_N.unsqueeze(1)
         total *= columns.dense_scale_N
     else:
@@ -301,15 +301,16 @@ def folded_product(X_NP: Tensor, Y_MP: Tensor, precision: Precision = FLOAT32) -
     against 1.5e-6 at P = 270,000), and so does a sum of very many short sums. Of X with itself (the
     same object) one triangle is computed, and mirrored.
     """
-    total = _folded(X_NP, Y_MP, precision)
-    return _mirror(total) if X_NP is Y_MP else total
+    symmetric = X_NP is Y_MP
+    total = _folded(X_NP, Y_MP, precision, symmetric=symmetric)
+    return _mirror(total) if symmetric else total
 
 
-def _folded(X_NP: Tensor, Y_MP: Tensor, precision: Precision) -> Tensor:
-    """Of X with itself the upper triangle."""
+def _folded(X_NP: Tensor, Y_MP: Tensor, precision: Precision, *, symmetric: bool) -> Tensor:
+    """Of X with itself (`symmetric`) the upper triangle."""
     fold = precision.fold(X_NP)
     leaf = _LEAF_CUDA if X_NP.is_cuda else _LEAF
-    blocks = list(_blocks(len(X_NP), len(Y_MP), leaf, symmetric=X_NP is Y_MP))
+    blocks = list(_blocks(len(X_NP), len(Y_MP), leaf, symmetric=symmetric))
     total = torch.zeros(len(X_NP), len(Y_MP), device=X_NP.device)
     with full_float32():
         for sums in pieces(slice(0, X_NP.shape[1]), fold * _SUMS):

@@ -59,9 +59,10 @@ class Sides:
 class Moved:
     """What rounding moves the units of a call by, as a share of their size.
 
-    Channels differ by their normalisation, and positions by what lies around them: of 66 units that
+    Channels differ by their normalisation, and places by what lies around them: of 66 units that
     were on the wrong side in DenseNet-121 and ResNet-18 some came from farther than twice the root
-    mean square of their call, none from farther than 1.9 times that of their channel or position.
+    mean square of their call, none from farther than 1.9 times that of their channel, row or
+    column, whichever is most.
     """
 
     most: float  # of the unit that it moves most
@@ -69,28 +70,35 @@ class Moved:
 
     def of_units(self, shape: Sequence[int]) -> Tensor:
         """Return the weights of units (...), 1 where others were measured."""
-        return self.weight if tuple(self.weight.shape) == tuple(shape) else torch.ones(())
+        is_theirs = tuple(self.weight.shape) == tuple(shape)
+        return self.weight if is_theirs else self.weight.new_ones(())
 
     @staticmethod
     def between(rounded: Tensor, true: Tensor, size: float) -> Moved:
         """Compare the units of some examples, (n, ...), of a root mean square `size`.
 
         A unit moves by what units of its channel do, or of its row, or column: whichever is most,
-        and never by less than all of them together.
+        and never by less than all of them together. Units that did not move say nothing: most
+        windows of what a ReLU has cut off are 0 in every precision.
         """
-        square = (rounded - true).square()
-        whole = square.mean()
-        if not size > 0 or not 0 < float(whole) < torch.inf:
+        square = (rounded - true).square().nan_to_num(0.0, 0.0)
+        if not size > 0 or not square.any():
             return Moved(_LEAST, torch.ones(()))
-        moved = whole.expand(square.shape[1:])
-        for axis in range(1, square.dim()):
-            others = [k for k in range(square.dim()) if k != axis]
-            moved = torch.maximum(moved, square.mean(others, keepdim=True)[0])
+
+        def mean(axes: list[int]) -> Tensor:
+            n_moved = (square > 0).sum(axes, keepdim=True).clamp(min=1)
+            found: Tensor = square.sum(axes, keepdim=True) / n_moved
+            return found[0]
+
+        axes = list(range(square.dim()))
+        moved = mean(axes).expand(square.shape[1:])
+        for axis in axes[1:]:
+            moved = torch.maximum(moved, mean([k for k in axes if k != axis]))
         share = (moved.sqrt() / size).clamp(min=_LEAST)
         return Moved(float(share.max()), (share.max() / share).float())
 
 
-TYPICAL = Moved(2.5e-7, torch.ones(()))  # where it was not measured
+_TYPICAL = Moved(2.5e-7, torch.ones(()))  # where it was not measured
 
 
 @dataclass(frozen=True)
@@ -137,9 +145,11 @@ class Kinks(TorchFunctionMode):
 
     def _look(self, sides: Sides) -> None:
         is_known = len(self.calls) < len(self.rounding)
-        moved = self.rounding[len(self.calls)] if is_known else TYPICAL
-        is_watched = sides.x.dim() > 1 and len(sides.x) == self.n
-        self.calls.append(near(sides, moved) if is_watched else None)
+        moved = self.rounding[len(self.calls)] if is_known else _TYPICAL
+        self.calls.append(near(sides, moved) if self._is_watched(sides.x) else None)
+
+    def _is_watched(self, x: Tensor) -> bool:
+        return x.dim() > 1 and len(x) == self.n and x.is_floating_point()
 
     def examples(self) -> Tensor:
         """Return the examples with a unit near a kink, (k,) int64, ascending."""
@@ -161,7 +171,7 @@ class KinksAgain(Kinks):
 
     def _look(self, sides: Sides) -> None:
         noted = next(self._noted, None)
-        if noted is not None and len(sides.x) == self.n:
+        if noted is not None and self._is_watched(sides.x):
             of_each, where = torch.unique(noted.examples, return_inverse=True)
             rows = torch.searchsorted(self._examples, of_each)
             now = sides.of(rows)[where, noted.units]
@@ -172,8 +182,8 @@ class KinksAgain(Kinks):
         return _all(self._changed)
 
 
-class Rounding(Kinks):
-    """Keep how far units are from their kinks, so that two passes can be compared.
+class Rounded(Kinks):
+    """Keep how far the units of some examples are from their kinks, call by call.
 
     Args:
         n: examples.
@@ -181,24 +191,48 @@ class Rounding(Kinks):
 
     def __init__(self, n: int) -> None:
         super().__init__(n)
-        self._given: list[tuple[Tensor, float]] = []  # distances (n, ...), size of the arguments
+        self.distances: list[Tensor | None] = []  # (n, ...); None of a call that is not watched
 
     def _look(self, sides: Sides) -> None:
-        units = sides.distance(torch.arange(len(sides.x))).double()
-        size = torch.linalg.vector_norm(sides.x.double()) / max(1, sides.x.numel()) ** 0.5
-        self._given.append((units, float(size)))
+        self.distances.append(_distances(sides) if self._is_watched(sides.x) else None)
 
-    @property
-    def has_looked(self) -> bool:
-        """Whether there was such a call."""
-        return bool(self._given)
 
-    def against(self, exact: Rounding) -> tuple[Moved, ...]:
-        """Return what rounding has moved the units of each call by."""
-        return tuple(
-            Moved.between(units, true, size) if units.shape == true.shape else TYPICAL
-            for (units, _), (true, size) in zip(self._given, exact._given, strict=False)
-        )
+class Rounding(Kinks):
+    """Measure what rounding has moved units by, in a float64 pass over the same examples.
+
+    Args:
+        rounded: of the float32 pass.
+    """
+
+    def __init__(self, rounded: Rounded) -> None:
+        super().__init__(rounded.n)
+        self._rounded = rounded.distances
+        self._moved: list[Moved] = []
+
+    def _look(self, sides: Sides) -> None:
+        place = len(self._moved)
+        units = self._rounded[place] if place < len(self._rounded) else None
+        self._moved.append(_TYPICAL)
+        if units is None or not self._is_watched(sides.x):
+            return
+        self._rounded[place] = None  # call by call: all of both passes would be many numbers
+        true = _distances(sides)
+        if true.shape == units.shape:
+            norm = torch.linalg.vector_norm(sides.x, dtype=torch.float64)
+            size = float(norm) / max(1, sides.x.numel()) ** 0.5
+            self._moved[place] = Moved.between(units.double(), true.double(), size)
+
+    def moved(self) -> tuple[Moved, ...]:
+        """Return what rounding has moved the units of each call by.
+
+        Nothing where the two passes made different calls: whose they were is not known.
+        """
+        return tuple(self._moved) if len(self._moved) == len(self._rounded) else ()
+
+
+def _distances(sides: Sides) -> Tensor:
+    """Return those of all examples, which may be overwritten afterwards."""
+    return sides.distance(torch.arange(len(sides.x), device=sides.x.device))
 
 
 def _all(parts: Sequence[Tensor]) -> Tensor:

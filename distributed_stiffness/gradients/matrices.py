@@ -25,10 +25,10 @@ from distributed_stiffness.gradients.budget import fit, free_memory
 from distributed_stiffness.gradients.error_bound import error_bound, sample_examples
 from distributed_stiffness.gradients.gram import Rows, collect, cosine
 from distributed_stiffness.gradients.loss_head import Loss, warn_of_own_precision
-from distributed_stiffness.gradients.per_example import PerExampleGradients, matching
+from distributed_stiffness.gradients.per_example import EXAMPLES, PerExampleGradients, matching
 from distributed_stiffness.gradients.precision import precision_mode
 from distributed_stiffness.gradients.recipe import Recipe
-from distributed_stiffness.gradients.self_check import EXAMPLES, self_check
+from distributed_stiffness.gradients.self_check import self_check
 from distributed_stiffness.plan import Plan
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.tiling import pieces

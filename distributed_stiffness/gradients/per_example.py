@@ -38,7 +38,7 @@ from distributed_stiffness.gradients.batches import (
 from distributed_stiffness.gradients.capture import Capture, Captured, Source
 from distributed_stiffness.gradients.decompositions import TakenApart
 from distributed_stiffness.gradients.gram import Factors, Rows, unit_rows
-from distributed_stiffness.gradients.kinks import Kinks, KinksAgain, Moved, Rounding
+from distributed_stiffness.gradients.kinks import Kinks, KinksAgain, Moved, Rounded, Rounding
 from distributed_stiffness.gradients.layout import PLAIN
 from distributed_stiffness.gradients.loss_head import (
     Loss,
@@ -52,6 +52,8 @@ from distributed_stiffness.gradients.recipe import Layer, Pass, Recipe, Work, re
 from distributed_stiffness.gradients.rules import Linear, Positions
 from distributed_stiffness.tiling import pieces
 
+# Examples from which a network is known: its recipe, what rounding does to it, the self-check.
+EXAMPLES = 8
 # A part of the gradients is made for so many examples at a time that it stays in the cache until
 # it is in its place.
 _BYTES_AT_A_TIME = {"cpu": 4 * 2**20, "cuda": 2**28}
@@ -66,7 +68,7 @@ class PerExampleGradients:
     Args:
         model: in evaluation mode. It is not changed; a copy is made where the precision asks.
         loss: "cross_entropy", a callable (outputs, targets) -> (N,), or a `WholeLoss`.
-        sample: a few examples (inputs, targets), from which the recipe is read.
+        sample: `EXAMPLES` (inputs, targets), or 3 at least, from which the recipe is read.
         parameters: glob patterns of the parameters in play; None takes all that require gradients.
         precision: a name of precision.py.
         factored: weights kept as factors, of those that can be (`recipe.layers`); None takes those
@@ -102,7 +104,7 @@ class PerExampleGradients:
             self.model, self._image_format = _channels_last(model, sample[0])
         self._bind(in_play)
         self._writes_inputs = False
-        self._sample: tuple[Nest, Nest] = take(sample, slice(8))
+        self._sample: tuple[Nest, Nest] = take(sample, slice(EXAMPLES))
         self.recipe = self._read_recipe(*sample)
         if factored is not None:
             self.recipe = self.recipe.with_factored(factored)
@@ -208,20 +210,21 @@ class PerExampleGradients:
     def _rounding(self) -> tuple[Moved, ...]:
         """What rounding moves the units of each call with a kink by (kinks.py)."""
         n = count_examples(self._sample[0])
-        with Rounding(n) as rounded:
+        with Rounded(n) as rounded:
             self._run(*self._sample)
-        if not rounded.has_looked:
+        if not rounded.distances:
             return ()
-        with Rounding(n) as exact:
+        with Rounding(rounded) as rounding:
             self._in_float64._run(*self._sample)
-        found: tuple[Moved, ...] = rounded.against(exact)
-        return found
+        moved: tuple[Moved, ...] = rounding.moved()
+        return moved
 
     @torch.no_grad()
     def _run(self, inputs: Nest, targets: Nest) -> None:
         """Make a forward pass."""
         args, kwargs = self._arguments(self._prepared(inputs), self._on_device(targets))
-        self._network.module(*args, **kwargs)
+        with ShortAttention():
+            self._network.module(*args, **kwargs)
 
     @functools.cached_property
     def _in_float64(self) -> PerExampleGradients:
@@ -266,8 +269,7 @@ class PerExampleGradients:
         """
         with full_float32():
             found = self._by_recipe(self._prepared(inputs), self._on_device(targets))
-            everything = slice(0, found.done.n)
-            gradients = {name: self._part(name, found, everything) for name in self.parameters}
+            gradients = {name: self._whole(name, found) for name in self.parameters}
         factor = found.done.head.scale
         if unit:
             norms = [
@@ -384,6 +386,12 @@ class PerExampleGradients:
                 square[rows] += _squares(part)
                 place[rows] = part
         return dense, square
+
+    def _whole(self, name: str, found: _Found) -> Tensor:
+        """Return the gradient of one parameter for all examples, (N, *shape)."""
+        parts = pieces(slice(0, found.done.n), self._at_a_time(name, found))
+        made = [self._part(name, found, rows) for rows in parts]
+        return made[0] if len(made) == 1 else torch.cat(made)
 
     def _at_a_time(self, name: str, found: _Found) -> int:
         """Examples whose gradients of one parameter are made together."""

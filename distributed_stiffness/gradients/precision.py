@@ -83,6 +83,8 @@ PRECISIONS = tuple(_MODES)
 # Not in torch's stubs.
 _CPU_PRODUCTS: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009
 _CPU_CONVOLUTIONS: Any = getattr(torch.backends.mkldnn, "conv")  # noqa: B009
+_CPU_RECURRENT: Any = getattr(torch.backends.mkldnn, "rnn")  # noqa: B009
+_TRIAL = threading.Lock()  # a trial changes a setting of the process for a moment
 
 
 def precision_mode(name: str, device: torch.device | str | None = None) -> Precision:
@@ -123,6 +125,11 @@ def onednn_multiplies() -> bool:
     multiplies in full. A rule by processor, not by a clock: every replica of a kind of node makes
     the same bits.
     """
+    with _TRIAL:
+        return _onednn_multiplies()
+
+
+def _onednn_multiplies() -> bool:
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     is_rival = "Intel" not in capabilities.get("cpu_name", "Intel")
     has_amx = any(there for name, there in capabilities.items() if name.startswith("amx"))
@@ -135,7 +142,8 @@ def leave_is_not_taken() -> bool:
 
     Tried on whole numbers of 9 bits, of which bfloat16 has 8, and whose sums float32 holds exactly.
     """
-    numbers = (7 * torch.arange(4096.0) % 509).reshape(64, 64)
+    whole = torch.arange(4096, dtype=torch.float32, device="cpu")
+    numbers = (7 * whole % 509).reshape(64, 64)
     with _switched(_CPU_PRODUCTS, "fp32_precision", "bf16"):
         return torch.equal((numbers @ numbers).double(), numbers.double() @ numbers.double())
 
@@ -171,7 +179,8 @@ def full_float32() -> contextlib.AbstractContextManager[None]:
     """Multiply float32 numbers in full, by the fastest routine that does, whatever is set.
 
     torch has TF32 on for convolutions on CUDA, with 10-bit mantissas, and a user may have allowed
-    bfloat16 on a CPU.
+    bfloat16 on a CPU. Where oneDNN multiplies, torch.get_float32_matmul_precision() raises inside:
+    it has no word for this setting.
     """
     return _FULL_FLOAT32.entered()
 
@@ -203,13 +212,16 @@ class _Shared:
 
     def _set(self) -> None:
         products = "bf16" if onednn_multiplies() else "ieee"
-        for backend, switch, value in (
-            (torch.backends.cudnn, "allow_tf32", False),
-            (torch.backends.cuda.matmul, "allow_tf32", False),
-            (_CPU_PRODUCTS, "fp32_precision", products),
-            (_CPU_CONVOLUTIONS, "fp32_precision", "ieee"),
-        ):
-            self.settings.enter_context(_switched(backend, switch, value))
+        with contextlib.ExitStack() as settings:
+            for backend, switch, value in (
+                (torch.backends.cudnn, "allow_tf32", False),
+                (torch.backends.cuda.matmul, "allow_tf32", False),
+                (_CPU_PRODUCTS, "fp32_precision", products),
+                (_CPU_CONVOLUTIONS, "fp32_precision", "ieee"),
+                (_CPU_RECURRENT, "fp32_precision", "ieee"),
+            ):
+                settings.enter_context(_switched(backend, switch, value))
+            self.settings = settings.pop_all()  # all of them, or none
 
 
 _FULL_FLOAT32 = _Shared()

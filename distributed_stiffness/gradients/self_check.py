@@ -13,10 +13,9 @@ from distributed_stiffness.errors import GradientError, StiffnessError
 from distributed_stiffness.gradients.batches import Nest, count_examples, prepare, take, tensors
 from distributed_stiffness.gradients.gram import cosine
 from distributed_stiffness.gradients.loss_head import Loss
-from distributed_stiffness.gradients.per_example import PerExampleGradients
+from distributed_stiffness.gradients.per_example import EXAMPLES, PerExampleGradients
 from distributed_stiffness.gradients.reference import Reference
 
-EXAMPLES = 8
 # Both sides run in float64, where two right ways differ by about 1e-13 of an example's gradient;
 # a wrong rule differs by about 1.
 TOLERANCE = 1e-8

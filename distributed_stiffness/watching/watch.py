@@ -31,8 +31,8 @@ from distributed_stiffness.errors import StiffnessError, StoreError, StudyError
 from distributed_stiffness.gradients.batches import Examples, Nest, from_numpy, map_tensors
 from distributed_stiffness.gradients.budget import fit, free_memory
 from distributed_stiffness.gradients.loss_head import Loss, WholeLoss
-from distributed_stiffness.gradients.per_example import PerExampleGradients
-from distributed_stiffness.gradients.self_check import EXAMPLES, self_check
+from distributed_stiffness.gradients.per_example import EXAMPLES, PerExampleGradients
+from distributed_stiffness.gradients.self_check import self_check
 from distributed_stiffness.models import check_outputs
 from distributed_stiffness.plan import Plan, in_words
 from distributed_stiffness.progress import Progress

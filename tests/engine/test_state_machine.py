@@ -93,7 +93,7 @@ class Writes:
     def __init__(self, *, left: int, how: str) -> None:
         self.left, self.how = left, how
 
-    def __call__(self, path: Path, content: bytes) -> None:
+    def __call__(self, path: Path, content: bytes | memoryview) -> None:
         """Write, unless the process is killed before, in the middle of it, or after."""
         if path.name.endswith(".run.json"):  # the lease, which is another thread's
             return _write(path, content)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distributed_stiffness.gradients import attention
+from distributed_stiffness.gradients import attention, cosine_matrix
 from distributed_stiffness.gradients.attention import ShortAttention
 
 
@@ -36,44 +39,79 @@ def test_is_what_torch_makes_of_it(
         torch.testing.assert_close(one.double(), exact, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("length", "expected"), [(16, "Math"), (300, "Flash")])
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths for which the plain formula was taken."""
+    monkeypatch.setattr(attention, "onednn_multiplies", lambda: True)
+    plain, lengths = attention._plain, []
+    assert plain is not None
+
+    def noted(query: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        lengths.append(query.shape[-2])
+        return plain(query, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "_plain", noted)
+    return lengths
+
+
+@pytest.mark.parametrize(
+    ("length", "width", "is_plain"), [(16, 8, True), (300, 64, False), (100, 8, False)]
+)
 def test_plain_formula_for_short_sequences_alone(
-    length: int, expected: str, monkeypatch: pytest.MonkeyPatch
+    length: int, width: int, is_plain: bool, asked: list[int]
 ) -> None:
     """
-    Long ones keep torch's fused kernel, which makes no T² numbers. Also in torch's own module.
+    Long ones, and narrow ones, keep torch's fused kernel, which makes no T² numbers.
     """
-    monkeypatch.setattr(attention, "onednn_multiplies", lambda: True)
-    chosen = []
-    kernel = attention.sdpa_kernel
+    x = torch.randn(2, 4, length, width)
 
-    def noted(backend: attention.SDPBackend) -> object:
-        chosen.append(backend)
-        return kernel(backend)
-
-    monkeypatch.setattr(attention, "sdpa_kernel", noted)
     with ShortAttention():
-        x = torch.randn(2, 4, length, 8)
         F.scaled_dot_product_attention(x, x, value=x)
 
-    assert bool(chosen) == (expected == "Math")
+    assert asked == [length] * is_plain
 
 
-def test_multi_head_attention_keeps_its_gradients() -> None:
+class Classifier(nn.Module):
+    """torch's own attention with a mask, and a linear layer on the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.last = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(7, 7).triu(1).bool()
+        mixed, _ = self.attention(x, x, x, attn_mask=mask, need_weights=False)
+        return self.last(mixed.mean(1))
+
+
+def test_gradients_of_torchs_own_module(asked: list[int]) -> None:
     """
-    Queries, keys and values by name or by place, with a mask.
+    Cosines are those of float64, and the plain formula has made them.
     """
     torch.manual_seed(0)
-    module = nn.MultiheadAttention(16, 4, batch_first=True).eval()
-    x, mask = torch.randn(3, 7, 16, requires_grad=True), torch.ones(7, 7).triu(1).bool()
+    model, x, y = Classifier().eval(), torch.randn(9, 7, 16), torch.arange(9) % 3
 
-    with ShortAttention():
-        found, _ = module(x, x, x, attn_mask=mask, need_weights=False)
-    plain, _ = module(x, x, x, attn_mask=mask, need_weights=False)
+    found = cosine_matrix(model, "cross_entropy", (x, y), check=False)
+    assert set(asked) == {7}
+    exact = cosine_matrix(model, "cross_entropy", (x, y), precision="float64", check=False)
 
-    for one, other in zip(
-        torch.autograd.grad(found.sum(), (x, *module.parameters()), retain_graph=True),
-        torch.autograd.grad(plain.sum(), (x, *module.parameters())),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(found, exact, atol=2e-6)
+
+
+def test_no_setting_of_the_process_is_changed(asked: list[int]) -> None:
+    """
+    Threads that are inside at once leave torch's kernels as they were.
+    """
+    x = torch.randn(8, 4, 64, 32)
+
+    def work(_: int) -> None:
+        with ShortAttention():
+            F.scaled_dot_product_attention(x, x, x)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(40)))
+
+    assert asked == [64] * 40
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()

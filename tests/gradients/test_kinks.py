@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from distributed_stiffness.gradients import cosine_matrix
 from distributed_stiffness.gradients.gram import cosine
-from distributed_stiffness.gradients.kinks import Kinks, KinksAgain, Moved, Rounding
+from distributed_stiffness.gradients.kinks import Kinks, KinksAgain, Moved, Rounded, Rounding
 from distributed_stiffness.gradients.per_example import PerExampleGradients
 from distributed_stiffness.gradients.reference import Reference
 
@@ -123,24 +123,32 @@ class TestFound:
         assert noted(F.relu, x).examples().tolist() == [1]
 
 
+def moved(network: Callable[[Tensor], Tensor], x: Tensor, true: Tensor) -> tuple[Moved, ...]:
+    """What is measured where float32 sees x in place of the truth."""
+    with Rounded(len(x)) as rounded:
+        network(x)
+    with Rounding(rounded) as rounding:
+        network(true)
+    return rounding.moved()
+
+
 class TestRounding:
     def test_is_measured_between_two_passes(self) -> None:
         """
         Call by call, as a share of the size of what float64 gives there.
         """
         true = inputs().double()
-        moved = true + 1e-6 * torch.randn(true.shape, dtype=torch.float64)
+        x = true + 1e-6 * torch.randn(true.shape, dtype=torch.float64)
 
-        with Rounding(3) as rounded:
+        with Rounded(3) as rounded:
             F.relu(true)
-            nn.ReLU(inplace=True)(moved.clone())
-        with Rounding(3) as exact:
+            nn.ReLU(inplace=True)(x.clone())
+        with Rounding(rounded) as rounding:
             F.relu(true)
             nn.ReLU(inplace=True)(true.clone())
+        least, found = rounding.moved()
 
-        least, found = rounded.against(exact)
-        size = torch.linalg.vector_norm(true) / true.numel() ** 0.5
-        share = 1e-6 / float(size)
+        share = 1e-6 / float(torch.linalg.vector_norm(true) / true.numel() ** 0.5)
         assert share < found.most < 3 * share
         assert found.weight.shape == true.shape[1:]
         assert found.weight.min() == 1.0
@@ -153,11 +161,25 @@ class TestRounding:
         true = torch.randn(8, 5, 6, 6, dtype=torch.float64)
         scale = torch.tensor([1.0, 1.0, 8.0, 1.0, 1.0])[:, None, None]
 
-        moved = Moved.between(true + 1e-6 * scale * torch.randn_like(true), true, 1.0)
+        found = Moved.between(true + 1e-6 * scale * torch.randn_like(true), true, 1.0)
 
-        by_channel = (moved.most / moved.weight).amax((1, 2))
+        by_channel = (found.most / found.weight).amax((1, 2))
         assert by_channel[2] == pytest.approx(8e-6, rel=0.5)
         assert float(by_channel[[0, 1, 3, 4]].max()) < 6e-6
+
+    def test_units_that_do_not_move_say_nothing(self) -> None:
+        """
+        Nor do those that are not finite: the others are moved as much as ever.
+        """
+        true = torch.randn(8, 4, 6, 6, dtype=torch.float64)
+        x = true + 1e-6 * torch.randn_like(true)
+        x[:, :, 1:] = true[:, :, 1:] = 0.0
+        x[0, 0, 0, 0] = torch.inf
+        true[0, 0, 0, 1] = torch.nan
+
+        found = Moved.between(x, true, 1.0)
+
+        assert 1e-6 < found.most < 3e-6
 
     @pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, padding=1)])
     def test_of_windows(self, pool: nn.Module) -> None:
@@ -165,18 +187,56 @@ class TestRounding:
         It is the distance of the largest from the second that is moved.
         """
         true = torch.rand(3, 2, 6, 6, dtype=torch.float64)
+        x = true + 1e-6 * torch.randn(true.shape, dtype=torch.float64)
 
-        with Rounding(3) as rounded:
-            pool(true + 1e-6 * torch.randn(true.shape, dtype=torch.float64))
-        with Rounding(3) as exact:
-            pool(true)
-        (moved,) = rounded.against(exact)
+        (found,) = moved(pool, x, true)
 
-        assert moved.weight.shape == pool(true).shape[1:]
-        assert 1e-6 < moved.most < 1e-5
-        with Kinks(3, (moved,)) as kinks:
-            pool(true.float())
-        assert kinks.calls[0] is not None
+        assert found.weight.shape == pool(true).shape[1:]
+        assert 1e-6 < found.most < 1e-5
+        image = torch.arange(36.0).reshape(1, 1, 6, 6).expand(3, 2, 6, 6).clone()
+        image[1, 1] = 7.0 + 1e-7 * image[1, 1]
+        with Kinks(3, (found,)) as kinks:
+            pool(image)
+        assert kinks.examples().tolist() == [1]
+
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda x: x + torch.clamp(torch.tensor(9.0), max=4.6).to(x.dtype),
+            lambda x: x + torch.tensor([-1.0, 2.0]).abs().sum().to(x.dtype),
+            lambda x: x + torch.arange(len(x) * 2).reshape(len(x), 2).clamp(0, 1).sum(),
+        ],
+        ids=["a number", "a parameter", "integers"],
+    )
+    def test_of_what_is_not_watched(self, function: Callable[[Tensor], Tensor]) -> None:
+        """
+        Numbers and parameters are no units of examples, and integers are not rounded.
+        """
+        x = inputs(TINY)
+        true = x.double() + 1e-8 * torch.randn(x.shape, dtype=torch.float64)
+
+        *others, found = moved(lambda x: F.relu(function(x) * 0 + x), x, true)
+
+        assert others
+        assert found.weight.shape == x.shape[1:]
+        with Kinks(3, (*others, found)) as kinks:
+            F.relu(function(x) * 0 + x)
+        assert set(kinks.calls[:-1]) == {None}
+        assert kinks.examples().tolist() == [1]
+
+    def test_of_two_passes_that_differ(self) -> None:
+        """
+        Of a network that makes other calls in float64 it is not known which are the same.
+        """
+        x = inputs()
+
+        with Rounded(3) as rounded:
+            F.relu(x)
+        with Rounding(rounded) as rounding:
+            F.relu(x)
+            F.relu(x)
+
+        assert rounding.moved() == ()
 
     def test_says_how_near_is_near(self) -> None:
         """

@@ -52,6 +52,18 @@ def test_large_images_in_any_layout(layout: torch.memory_format) -> None:
     assert_same(nearest(distance, weight[:, :1, :1]), by_torch(distance, weight[:, :1, :1]))
 
 
+@pytest.mark.parametrize("length", [1, 2048, 2049, 5000])
+def test_rows_of_any_length(length: int) -> None:
+    """
+    The smallest may be first or last.
+    """
+    distance = 1 + torch.rand(2, length)
+    distance[0, 0] = distance[1, -1] = -0.5
+    weight = 1 + torch.rand(length)
+
+    assert_same(nearest(distance, weight), by_torch(distance, weight))
+
+
 def test_a_number_that_is_none_is_far() -> None:
     """
     A network that has diverged is not looked at again.

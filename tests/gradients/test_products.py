@@ -114,6 +114,12 @@ def test_of_many_small_matrices_are_right_too(
 
 
 @pytest.fixture
+def tried_anew() -> Iterator[None]:
+    yield
+    onednn_multiplies.cache_clear()
+
+
+@pytest.fixture
 def allowed_bfloat16() -> Iterator[None]:
     before = ON_CPU.fp32_precision
     ON_CPU.fp32_precision = "bf16"
@@ -177,6 +183,7 @@ def test_full_float32_lasts_until_the_last_thread_has_left() -> None:
         ({}, False),
     ],
 )
+@pytest.mark.usefixtures("tried_anew")
 def test_onednn_multiplies_where_torch_is_slow_and_it_cannot_round(
     capabilities: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,4 +195,28 @@ def test_onednn_multiplies_where_torch_is_slow_and_it_cannot_round(
         monkeypatch.setattr(precision, "leave_is_not_taken", lambda is_full=is_full: is_full)
         onednn_multiplies.cache_clear()
         assert onednn_multiplies() == (expected and is_full)
-    onednn_multiplies.cache_clear()
+
+
+def test_a_setting_that_torch_refuses_leaves_the_others_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """
+    They are changed together or not at all; and another try starts anew.
+    """
+    before, switched = torch.backends.cudnn.allow_tf32, precision._switched
+
+    def refused(backend: Any, switch: str, value: Any) -> Any:
+        if backend is ON_CPU:
+            raise RuntimeError("mix of the legacy and new APIs")
+        return switched(backend, switch, value)
+
+    torch.backends.cudnn.allow_tf32 = True
+    with monkeypatch.context() as refusing:
+        refusing.setattr(precision, "_switched", refused)
+        with pytest.raises(RuntimeError, match="mix"), full_float32():
+            pass
+    assert torch.backends.cudnn.allow_tf32
+    with full_float32(), full_float32():
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = before
