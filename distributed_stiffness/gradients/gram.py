@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distributed_stiffness.gradients.precision import FLOAT32, Precision, full_float32
+from distributed_stiffness.gradients.precision import FLOAT32, Precision, fast_float32
 from distributed_stiffness.tiling import pieces
 
 # Products of positions with positions are made for so many pairs that they stay in the cache.
@@ -312,7 +312,7 @@ def _folded(X_NP: Tensor, Y_MP: Tensor, precision: Precision, *, symmetric: bool
     leaf = _LEAF_CUDA if X_NP.is_cuda else _LEAF
     blocks = list(_blocks(len(X_NP), len(Y_MP), leaf, symmetric=symmetric))
     total = torch.zeros(len(X_NP), len(Y_MP), device=X_NP.device)
-    with full_float32():
+    with fast_float32():
         for sums in pieces(slice(0, X_NP.shape[1]), fold * _SUMS):
             some = total if sums.start == 0 else torch.zeros_like(total)
             for part in pieces(sums, fold):

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distributed_stiffness.errors import GradientError, ModelError
-from distributed_stiffness.gradients.attention import ShortAttention
 from distributed_stiffness.gradients.batches import (
     Nest,
     arguments,
@@ -47,7 +46,11 @@ from distributed_stiffness.gradients.loss_head import (
     loss_head,
     whole_loss_head,
 )
-from distributed_stiffness.gradients.precision import full_float32, precision_mode
+from distributed_stiffness.gradients.precision import (
+    fast_float32,
+    full_float32,
+    precision_mode,
+)
 from distributed_stiffness.gradients.recipe import Layer, Pass, Recipe, Work, read_recipe
 from distributed_stiffness.gradients.rules import Linear, Positions
 from distributed_stiffness.tiling import pieces
@@ -172,7 +175,8 @@ class PerExampleGradients:
             kinks = Kinks(count_examples(inputs), self._rounding) if self._is_rounded else None
             found = self._by_recipe(self._prepared(inputs), targets, kinks)
             rooms: Sequence[Rows | None] = into or [None] * len(recipes)
-            made = [self._rows(found, *both) for both in zip(recipes, rooms, strict=True)]
+            with fast_float32():
+                made = [self._rows(found, *both) for both in zip(recipes, rooms, strict=True)]
             if kinks is not None:
                 del found
                 self._mend(made, inputs, targets, recipes, kinks)
@@ -223,8 +227,7 @@ class PerExampleGradients:
     def _run(self, inputs: Nest, targets: Nest) -> None:
         """Make a forward pass."""
         args, kwargs = self._arguments(self._prepared(inputs), self._on_device(targets))
-        with ShortAttention():
-            self._network.module(*args, **kwargs)
+        self._network.module(*args, **kwargs)
 
     @functools.cached_property
     def _in_float64(self) -> PerExampleGradients:
@@ -269,7 +272,8 @@ class PerExampleGradients:
         """
         with full_float32():
             found = self._by_recipe(self._prepared(inputs), self._on_device(targets))
-            gradients = {name: self._whole(name, found) for name in self.parameters}
+            with fast_float32():
+                gradients = {name: self._whole(name, found) for name in self.parameters}
         factor = found.done.head.scale
         if unit:
             norms = [
@@ -300,7 +304,6 @@ class PerExampleGradients:
         seen = tensors((args, kwargs))
         with (
             torch.enable_grad(),
-            ShortAttention(),
             Capture(self.parameters, self._constants, seen, copying) as capture,
         ):
             outputs = self._network.module(*args, **kwargs)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,7 +107,7 @@ def precision_mode(name: str, device: torch.device | str | None = None) -> Preci
 
 def product_of_rows(X_NP: Tensor, Y_MP: Tensor) -> Tensor:
     """X Yᵀ, (N, M), by the fastest routine that torch has on this device."""
-    with full_float32():
+    with fast_float32():
         return X_NP @ Y_MP.T
 
 
@@ -117,7 +117,7 @@ def _is_for_onednn(rows: Tensor) -> bool:
 
 @functools.cache
 def onednn_multiplies() -> bool:
-    """Whether products of float32 on this CPU are oneDNN's, as torch's own are much slower.
+    """Whether oneDNN multiplies gradients on this CPU, as torch's own routine is much slower.
 
     torch multiplies by MKL, which uses half of an AVX-512 unit of a processor that is not Intel's:
     205 GFLOP/s against 450 on two cores of an AMD Zen 5. It goes to oneDNN where that has leave to
@@ -175,16 +175,6 @@ def _switched(backend: Any, switch: str, value: Any) -> Iterator[None]:
         setattr(backend, switch, before)
 
 
-def full_float32() -> contextlib.AbstractContextManager[None]:
-    """Multiply float32 numbers in full, by the fastest routine that does, whatever is set.
-
-    torch has TF32 on for convolutions on CUDA, with 10-bit mantissas, and a user may have allowed
-    bfloat16 on a CPU. Where oneDNN multiplies, torch.get_float32_matmul_precision() raises inside:
-    it has no word for this setting.
-    """
-    return _FULL_FLOAT32.entered()
-
-
 @dataclass(eq=False)
 class _Shared:
     """Settings of the process that any number of threads may want at a time.
@@ -192,6 +182,7 @@ class _Shared:
     The first that comes sets them, the last that goes restores what was.
     """
 
+    wanted: Callable[[], Sequence[tuple[Any, str, Any]]]  # backend, switch, value of each
     lock: threading.Lock = field(default_factory=threading.Lock)
     inside: int = 0
     settings: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -211,17 +202,40 @@ class _Shared:
                     self.settings.close()
 
     def _set(self) -> None:
-        products = "bf16" if onednn_multiplies() else "ieee"
         with contextlib.ExitStack() as settings:
-            for backend, switch, value in (
-                (torch.backends.cudnn, "allow_tf32", False),
-                (torch.backends.cuda.matmul, "allow_tf32", False),
-                (_CPU_PRODUCTS, "fp32_precision", products),
-                (_CPU_CONVOLUTIONS, "fp32_precision", "ieee"),
-                (_CPU_RECURRENT, "fp32_precision", "ieee"),
-            ):
-                settings.enter_context(_switched(backend, switch, value))
+            for setting in self.wanted():
+                settings.enter_context(_switched(*setting))
             self.settings = settings.pop_all()  # all of them, or none
 
 
-_FULL_FLOAT32 = _Shared()
+_FULL = _Shared(
+    lambda: (
+        (torch.backends.cudnn, "allow_tf32", False),
+        (torch.backends.cuda.matmul, "allow_tf32", False),
+        (_CPU_PRODUCTS, "fp32_precision", "ieee"),
+        (_CPU_CONVOLUTIONS, "fp32_precision", "ieee"),
+        (_CPU_RECURRENT, "fp32_precision", "ieee"),
+    )
+)
+_ONEDNN = _Shared(
+    lambda: ((_CPU_PRODUCTS, "fp32_precision", "bf16"),) if onednn_multiplies() else ()
+)
+
+
+def full_float32() -> contextlib.AbstractContextManager[None]:
+    """Multiply float32 numbers in full, whatever is set.
+
+    torch has TF32 on for convolutions on CUDA, with 10-bit mantissas, and a user may have allowed
+    bfloat16 on a CPU.
+    """
+    return _FULL.entered()
+
+
+@contextlib.contextmanager
+def fast_float32() -> Iterator[None]:
+    """Multiply float32 numbers in full, by the fastest routine that does.
+
+    For what is made of a pass, not for the pass: a network's own code is not run inside.
+    """
+    with _FULL.entered(), _ONEDNN.entered():
+        yield

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distributed_stiffness.gradients import precision
+from distributed_stiffness.gradients import cosine_matrix, precision
 from distributed_stiffness.gradients.gram import folded_product
 from distributed_stiffness.gradients.precision import (
+    fast_float32,
     full_float32,
     leave_is_not_taken,
     onednn_multiplies,
@@ -107,7 +108,7 @@ def test_of_many_small_matrices_are_right_too(
     if is_transposed:
         D = D.transpose(1, 2).contiguous().transpose(1, 2)
 
-    with full_float32():
+    with fast_float32():
         found = torch.bmm(D, A)
 
     torch.testing.assert_close(found.double(), D.double() @ A.double(), atol=3e-6, rtol=0)
@@ -134,30 +135,31 @@ def test_in_full_float32_whatever_is_allowed_outside() -> None:
     """
     X = unit_rows(64, 512)
 
-    with full_float32():
-        inside = X @ X.T
-
-    torch.testing.assert_close(inside.double(), X.double() @ X.double().T, atol=2e-6, rtol=0)
+    for settings in (full_float32, fast_float32):
+        with settings():
+            inside = X @ X.T
+        torch.testing.assert_close(inside.double(), X.double() @ X.double().T, atol=2e-6, rtol=0)
     assert ON_CPU.fp32_precision == "bf16"
 
 
-def test_full_float32_lasts_until_the_last_thread_has_left() -> None:
+def test_settings_last_until_the_last_thread_has_left() -> None:
     """
     Threads come and go in any order, and none takes the setting from under another.
     """
     before = ON_CPU.fp32_precision
+    expected = "bf16" if onednn_multiplies() else "ieee"
     first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
     seen = []
 
     def first() -> None:
-        with full_float32():
+        with fast_float32():
             first_is_in.set()
             second_is_in.wait(10)
         first_is_out.set()
 
     def second() -> None:
         first_is_in.wait(10)
-        with full_float32():
+        with fast_float32():
             seen.append(ON_CPU.fp32_precision)
             second_is_in.set()
             first_is_out.wait(10)
@@ -169,7 +171,7 @@ def test_full_float32_lasts_until_the_last_thread_has_left() -> None:
     for thread in threads:
         thread.join()
 
-    assert seen == ["bf16" if onednn_multiplies() else "ieee"] * 2
+    assert seen == [expected] * 2
     assert ON_CPU.fp32_precision == before
 
 
@@ -220,3 +222,19 @@ def test_a_setting_that_torch_refuses_leaves_the_others_as_they_were(
         assert not torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = before
+
+
+def test_a_network_runs_by_torchs_own_routine() -> None:
+    """
+    It may ask torch what is set, and a fused kernel of attention is slow by another one.
+    """
+
+    class Asks(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            asked.append((torch.get_float32_matmul_precision(), ON_CPU.fp32_precision))
+            return super().forward(x)
+
+    asked: list[tuple[str, str]] = []
+    cosine_matrix(Asks(4, 3).eval(), "cross_entropy", (torch.randn(9, 4), torch.arange(9) % 3))
+
+    assert {setting for _, setting in asked} <= {"ieee", ON_CPU.fp32_precision}

@@ -27,9 +27,8 @@ N = 5
 CLASSES = 4
 # The promise on a float32 cosine.
 FLOAT32 = 2e-6
-# EfficientNet in float32, whose gradients here have norms of 4e5: 4.6e-6 in every form with MKL's
-# products and 7.5e-6 with oneDNN's, and 3.7e-6 by torch's own autograd one by one.
-EFFICIENT = 1e-5
+# EfficientNet in float32: 4.1e-6 in every form, and 3.7e-6 by torch's own autograd one by one.
+EFFICIENT = 5e-6
 # Rows and products in float32, the passes in float64.
 FLOAT64 = 7e-7
 
