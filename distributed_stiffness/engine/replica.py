@@ -479,7 +479,7 @@ class Replica:
         return PerExampleGradients(
             model.eval(),
             self.loss,
-            self._examples(slice(0, min(EXAMPLES, self.plan.n_examples))),
+            self._examples(slice(0, EXAMPLES)),
             parameters=chosen.parameters,
             precision=chosen.precision,
             factored=self.plan.factored,

@@ -280,16 +280,17 @@ def cosine(rows: Rows, columns: Rows, precision: Precision = FLOAT32) -> Tensor:
     Of a block with itself (the same object) only one triangle is computed, and mirrored.
     """
     symmetric = rows is columns
-    if rows.dense_NP.shape[1]:
-        total = _folded(rows.dense_NP, columns.dense_NP, precision, symmetric=symmetric)
-        total *= rows.dense_scale_N.unsqueeze(1)
-        total *= columns.dense_scale_N
-    else:
-        total = torch.zeros(len(rows), len(columns), device=rows.norm.device)
-    blocks = _blocks(len(rows), len(columns), _LEAF_OF_FACTORS, symmetric=symmetric)
-    for above, left in blocks:
-        for f, g in zip(rows.factors, columns.factors, strict=True):
-            total[above, left] += f.take(above).gram(g.take(left), precision)
+    with fast_float32():
+        if rows.dense_NP.shape[1]:
+            total = _folded(rows.dense_NP, columns.dense_NP, precision, symmetric=symmetric)
+            total *= rows.dense_scale_N.unsqueeze(1)
+            total *= columns.dense_scale_N
+        else:
+            total = torch.zeros(len(rows), len(columns), device=rows.norm.device)
+        blocks = _blocks(len(rows), len(columns), _LEAF_OF_FACTORS, symmetric=symmetric)
+        for above, left in blocks:
+            for f, g in zip(rows.factors, columns.factors, strict=True):
+                total[above, left] += f.take(above).gram(g.take(left), precision)
     total.clamp_(-1.0, 1.0)
     return _mirror(total) if symmetric else total
 
@@ -302,7 +303,8 @@ def folded_product(X_NP: Tensor, Y_MP: Tensor, precision: Precision = FLOAT32) -
     same object) one triangle is computed, and mirrored.
     """
     symmetric = X_NP is Y_MP
-    total = _folded(X_NP, Y_MP, precision, symmetric=symmetric)
+    with fast_float32():
+        total = _folded(X_NP, Y_MP, precision, symmetric=symmetric)
     return _mirror(total) if symmetric else total
 
 
@@ -312,15 +314,14 @@ def _folded(X_NP: Tensor, Y_MP: Tensor, precision: Precision, *, symmetric: bool
     leaf = _LEAF_CUDA if X_NP.is_cuda else _LEAF
     blocks = list(_blocks(len(X_NP), len(Y_MP), leaf, symmetric=symmetric))
     total = torch.zeros(len(X_NP), len(Y_MP), device=X_NP.device)
-    with fast_float32():
-        for sums in pieces(slice(0, X_NP.shape[1]), fold * _SUMS):
-            some = total if sums.start == 0 else torch.zeros_like(total)
-            for part in pieces(sums, fold):
-                # All blocks of one part of the rows in turn, while it is in the cache.
-                for above, left in blocks:
-                    some[above, left] += precision.product(X_NP[above, part], Y_MP[left, part])
-            if some is not total:
-                total += some
+    for sums in pieces(slice(0, X_NP.shape[1]), fold * _SUMS):
+        some = total if sums.start == 0 else torch.zeros_like(total)
+        for part in pieces(sums, fold):
+            # All blocks of one part of the rows in turn, while it is in the cache.
+            for above, left in blocks:
+                some[above, left] += precision.product(X_NP[above, part], Y_MP[left, part])
+        if some is not total:
+            total += some
     return total
 
 

@@ -85,8 +85,10 @@ class Moved:
         if not size > 0 or not square.any():
             return Moved(_LEAST, torch.ones(()))
 
+        is_moved = square > 0
+
         def mean(axes: list[int]) -> Tensor:
-            n_moved = (square > 0).sum(axes, keepdim=True).clamp(min=1)
+            n_moved = is_moved.sum(axes, keepdim=True).clamp(min=1)
             found: Tensor = square.sum(axes, keepdim=True) / n_moved
             return found[0]
 

@@ -52,7 +52,7 @@ class Precision:
         return min(longest, max(_SHORTEST_FOLD, rows.shape[1] // _FOLDS))
 
     def product(self, X_NP: Tensor, Y_MP: Tensor) -> Tensor:
-        """X Yᵀ, (N, M), float32 whatever the operands are."""
+        """X Yᵀ, (N, M), float32 whatever the operands are; within `fast_float32`."""
         if self.name == "bf16x3":
             high_x, low_x = _two_parts(X_NP)
             high_y, low_y = _two_parts(Y_MP)
@@ -65,7 +65,7 @@ class Precision:
         if self.name == "tf32":
             with _switched(torch.backends.cuda.matmul, "allow_tf32", True):
                 return X_NP @ Y_MP.T
-        return product_of_rows(X_NP, Y_MP)
+        return X_NP @ Y_MP.T
 
 
 FLOAT32 = Precision("float32", torch.float32, torch.float32)
@@ -125,11 +125,6 @@ def onednn_multiplies() -> bool:
     multiplies in full. A rule by processor, not by a clock: every replica of a kind of node makes
     the same bits.
     """
-    with _TRIAL:
-        return _onednn_multiplies()
-
-
-def _onednn_multiplies() -> bool:
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     is_rival = "Intel" not in capabilities.get("cpu_name", "Intel")
     has_amx = any(there for name, there in capabilities.items() if name.startswith("amx"))
@@ -144,7 +139,7 @@ def leave_is_not_taken() -> bool:
     """
     whole = torch.arange(4096, dtype=torch.float32, device="cpu")
     numbers = (7 * whole % 509).reshape(64, 64)
-    with _switched(_CPU_PRODUCTS, "fp32_precision", "bf16"):
+    with _TRIAL, _switched(_CPU_PRODUCTS, "fp32_precision", "bf16"):
         return torch.equal((numbers @ numbers).double(), numbers.double() @ numbers.double())
 
 
