@@ -48,7 +48,7 @@ from distributed_stiffness.engine.prepare import prepare
 from distributed_stiffness.engine.replica import Receipt, Replica
 from distributed_stiffness.engine.scheduler import Assignment
 from distributed_stiffness.figures.style import heading, save, style
-from distributed_stiffness.gradients.gram import Rows, collect, cosine
+from distributed_stiffness.gradients.gram import cosine
 from distributed_stiffness.plan import Plan, make_plan
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.store import Store
@@ -522,13 +522,15 @@ def in_a_plain_loop(template: Template) -> float:
         torch.set_num_threads(1)
         began = time.perf_counter()
         gradients = replica._gradients_of(checkpoint)
-
-        def make(examples: slice, into: list[Rows] | None) -> list[Rows]:
-            chosen = replica._examples(examples)
-            return gradients.rows_by_recipe(*chosen, [gradients.recipe], into)
-
         held = [
-            collect(make, tiling.examples(chunk), plan.batch)[0] for chunk in range(tiling.n_chunks)
+            rows
+            for chunk in range(tiling.n_chunks)
+            for rows in gradients.rows_of(
+                replica._examples,
+                tiling.examples(chunk),
+                batch=plan.batch,
+                mended_together=plan.block,
+            )
         ]
         for i, j in tiling.upper():
             tile = torch.empty(tiling.size(i), tiling.size(j))

@@ -45,7 +45,7 @@ from distributed_stiffness.study import Study
 from distributed_stiffness.tiling import Checkpoint, Task, Tile, pieces
 from distributed_stiffness.training import build_model
 
-MakeRows = Callable[[slice, list[Rows] | None], list[Rows]]
+MakeRows = Callable[[slice, Sequence[Rows] | None], list[Rows]]
 Product = Callable[[Rows, Rows], Tensor]
 
 _ARRAYS = {"pairs": "cosine", "distance": "distance"}
@@ -202,9 +202,15 @@ class Replica:
         checkpoint = _required(task.checkpoint)
         gradients = self._gradients_of(checkpoint)
 
-        def make(examples: slice, into: list[Rows] | None) -> list[Rows]:
+        def make(examples: slice, into: Sequence[Rows] | None) -> list[Rows]:
             started = time.monotonic()
-            made = gradients.rows_by_recipe(*self._examples(examples), [gradients.recipe], into)
+            made = gradients.rows_of(
+                self._examples,
+                examples,
+                batch=self.plan.batch,
+                mended_together=self.plan.block,
+                into=into,
+            )
             self._work.making_seconds += time.monotonic() - started
             self._work.gradients += examples.stop - examples.start
             return made
@@ -219,19 +225,22 @@ class Replica:
         self._tiles(task, make, product)
 
     def _distance(self, task: Task) -> None:
-        def make(examples: slice, into: list[Rows] | None) -> list[Rows]:
+        def make(examples: slice, into: Sequence[Rows] | None) -> list[Rows]:
             X = torch.from_numpy(self.data.features(examples)).to(self.device)
             length = torch.linalg.vector_norm(X, dim=1, dtype=torch.float64)
             X = X / torch.where(length > 0, length, 1.0).unsqueeze(1).to(X.dtype)
             made = Rows((), X, torch.ones(len(X), device=X.device), length, length, length > 0)
             for room in into or ():
                 room.copy_(made)
-            return into or [made]
+            return list(into or [made])
+
+        def make_all(examples: slice, into: Sequence[Rows] | None) -> list[Rows]:
+            return collect(make, examples, self.plan.batch, into)
 
         def distance(rows: Rows, columns: Rows) -> Tensor:
             return 1 - folded_product(rows.dense_NP, columns.dense_NP).clamp_(-1.0, 1.0)
 
-        self._tiles(task, make, distance)
+        self._tiles(task, make_all, distance)
 
     def _check(self, task: Task) -> None:
         """Compare the stored cosines of a sample with float64, then count undecided signs."""
@@ -272,8 +281,7 @@ class Replica:
 
         def product(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
             left, right = (
-                gradients.rows_by_recipe(*self._examples(some), [gradients.recipe])[0]
-                for some in (rows, columns)
+                gradients.rows(*self._examples(some)) for some in (rows, columns)
             )
             return cosine(left, right, gradients.precision).cpu().numpy()
 
@@ -377,7 +385,7 @@ class Replica:
         """Return the rows of a strip, from memory if they are held."""
         return self._held.get(
             (task.kind, task.checkpoint, strip.start),
-            lambda room: collect(make, strip, self.plan.batch, None if room is None else [room])[0],
+            lambda room: make(strip, None if room is None else [room])[0],
             length=strip.stop - strip.start,
         )
 
@@ -390,7 +398,7 @@ class Replica:
             if whole is not None:
                 yield block, whole[block.start - strip.start : block.stop - strip.start]
             else:
-                yield block, collect(make, block, plan.batch)[0]
+                yield block, make(block, None)[0]
 
     def _write(self, task: Task, work: _Work) -> None:
         """Write what a task has made: numbers of examples before the tile that says so."""

@@ -6,7 +6,7 @@ or an iterable of batches, is stacked once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,16 @@ def take(nest: Nest, rows: slice | Tensor) -> Nest:
     return map_tensors(lambda t: t[rows], nest)
 
 
+def join(nests: Sequence[Nest]) -> Nest:
+    """Lay the examples of several nests one after the other; what is no tensor is the first's."""
+    if len(nests) == 1:
+        return nests[0]
+    return pytree.tree_map(
+        lambda first, *more: torch.cat([first, *more]) if isinstance(first, Tensor) else first,
+        *nests,
+    )
+
+
 def prepare(nest: Nest, dtype: torch.dtype, device: torch.device) -> Nest:
     """Move to the device; floating tensors (not indices) are cast to `dtype`."""
     return map_tensors(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype), nest)
@@ -80,7 +90,7 @@ def pair(examples: Examples) -> tuple[Nest, Nest]:
         batches = list(stream(examples))
         if not batches:
             raise ModelError("there are no examples")
-        examples = pytree.tree_map(lambda *leaves: torch.cat(leaves), *batches)
+        examples = join(batches)
     return _checked(examples)
 
 

@@ -248,10 +248,10 @@ def _dense(
 
 
 def collect(
-    make: Callable[[slice, list[Rows] | None], list[Rows]],
+    make: Callable[[slice, Sequence[Rows] | None], list[Rows]],
     rows: slice,
     size: int,
-    into: list[Rows] | None = None,
+    into: Sequence[Rows] | None = None,
 ) -> list[Rows]:
     """Make rows batch by batch, each where it belongs in the whole.
 
@@ -264,8 +264,8 @@ def collect(
     first, *others = pieces(rows, size)
     made = make(first, into and [room[: first.stop - first.start] for room in into])
     if not others:
-        return into or made
-    whole = into or [block.empty(rows.stop - rows.start) for block in made]
+        return list(into or made)
+    whole = list(into) if into else [block.empty(rows.stop - rows.start) for block in made]
     for room, block in zip(whole, made, strict=True):
         room[: len(block)].copy_(block)
     for batch in others:

@@ -8,7 +8,7 @@ bound measured on a sample of pairs does not see them.
 
 So the forward pass is watched: `Kinks` notes the units that are near a kink, and which side they
 are on; `KinksAgain` looks at the same units of the same examples in a float64 pass, and says in
-which examples any is on another side.
+which examples any is on another side (mending.py).
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ _TYPICAL = Moved(2.5e-7, torch.ones(()))  # where it was not measured
 
 @dataclass(frozen=True)
 class Near:
-    """Units of one call that are near a kink."""
+    """Units of one call that are near a kink, on the CPU."""
 
     examples: Tensor  # (k,) int64
     units: Tensor  # (k,) int64, of an example, flattened
@@ -159,29 +159,46 @@ class Kinks(TorchFunctionMode):
 
 
 class KinksAgain(Kinks):
-    """Look at units that were noted, in another pass over some of the examples.
+    """Look at units that were noted, in another pass; which ends where nothing is left to see.
 
     Args:
-        calls: what was noted.
-        examples: that this pass is over, ascending.
+        calls: what was noted of the examples of this pass.
+        n: examples.
     """
 
-    def __init__(self, calls: Sequence[Near | None], examples: Tensor) -> None:
-        super().__init__(len(examples))
-        self._noted, self._examples = iter(calls), examples
+    def __init__(self, calls: Sequence[Near | None], n: int) -> None:
+        super().__init__(n)
+        self._noted = list(calls)
+        while self._noted and not _is_worth_a_look(self._noted[-1]):
+            self._noted.pop()
+        self._noted.reverse()  # the next one last
         self._changed: list[Tensor] = []
 
     def _look(self, sides: Sides) -> None:
-        noted = next(self._noted, None)
+        noted = self._noted.pop() if self._noted else None
         if noted is not None and self._is_watched(sides.x):
             of_each, where = torch.unique(noted.examples, return_inverse=True)
-            rows = torch.searchsorted(self._examples, of_each)
-            now = sides.of(rows)[where, noted.units]
+            now = sides.of(of_each).cpu()[where, noted.units]
             self._changed.append(noted.examples[now != noted.sides])
+        if not self._noted:
+            raise _NothingLeft
+
+    def __exit__(self, kind: type[BaseException] | None, *raised: Any) -> bool:
+        """Leave the mode, and the pass behind."""
+        super().__exit__(kind, *raised)  # type: ignore[no-untyped-call]
+        return kind is _NothingLeft
 
     def examples(self) -> Tensor:
         """Return the examples in which a unit is on another side than was noted, ascending."""
         return _all(self._changed)
+
+
+class _NothingLeft(BaseException):
+    """Ends a pass; no error, which a network's own code might handle."""
+
+
+def _is_worth_a_look(noted: Near | None) -> bool:
+    return noted is not None and len(noted.examples) > 0
 
 
 class Rounded(Kinks):
@@ -259,7 +276,7 @@ def near(sides: Sides, moved: Moved) -> Near:
     part = (sides.distance(rows).abs() * weight).flatten(1)
     is_near = (part < limit[rows, None]) & ((part > 0) | by_chance[rows, None])
     row, units = is_near.nonzero().unbind(1)
-    return Near(rows[row], units, sides.of(rows)[row, units])
+    return Near(*(t.cpu() for t in (rows[row], units, sides.of(rows)[row, units])))
 
 
 # The kinks of torch's functions.

@@ -23,7 +23,7 @@ from distributed_stiffness.gradients.batches import (
 )
 from distributed_stiffness.gradients.budget import fit, free_memory
 from distributed_stiffness.gradients.error_bound import error_bound, sample_examples
-from distributed_stiffness.gradients.gram import Rows, collect, cosine
+from distributed_stiffness.gradients.gram import Rows, cosine
 from distributed_stiffness.gradients.loss_head import Loss, warn_of_own_precision
 from distributed_stiffness.gradients.per_example import EXAMPLES, PerExampleGradients, matching
 from distributed_stiffness.gradients.precision import precision_mode
@@ -353,11 +353,13 @@ class _Work:
     def _make(
         self, examples: tuple[Nest, Nest], recipes: Sequence[Recipe]
     ) -> Callable[[slice], list[Rows]]:
-        def batch(rows: slice, into: list[Rows] | None) -> list[Rows]:
-            inputs, targets = take(examples, rows)
-            return self.gradients.rows_by_recipe(inputs, targets, recipes, into)
-
-        return lambda rows: collect(batch, rows, self.plan.batch)
+        return lambda rows: self.gradients.rows_of(
+            lambda some: take(examples, some),
+            rows,
+            batch=self.plan.batch,
+            mended_together=self.plan.block,
+            recipes=recipes,
+        )
 
 
 def _work(

@@ -16,7 +16,7 @@ import fnmatch
 import functools
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,8 +36,8 @@ from distributed_stiffness.gradients.batches import (
 )
 from distributed_stiffness.gradients.capture import Capture, Captured, Source
 from distributed_stiffness.gradients.decompositions import TakenApart
-from distributed_stiffness.gradients.gram import Factors, Rows, unit_rows
-from distributed_stiffness.gradients.kinks import Kinks, KinksAgain, Moved, Rounded, Rounding
+from distributed_stiffness.gradients.gram import Factors, Rows, collect, unit_rows
+from distributed_stiffness.gradients.kinks import Kinks, Moved, Rounded, Rounding
 from distributed_stiffness.gradients.layout import PLAIN
 from distributed_stiffness.gradients.loss_head import (
     Loss,
@@ -46,6 +46,7 @@ from distributed_stiffness.gradients.loss_head import (
     loss_head,
     whole_loss_head,
 )
+from distributed_stiffness.gradients.mending import Doubtful, together
 from distributed_stiffness.gradients.precision import (
     fast_float32,
     full_float32,
@@ -61,6 +62,9 @@ EXAMPLES = 8
 # it is in its place.
 _BYTES_AT_A_TIME = {"cpu": 4 * 2**20, "cuda": 2**28}
 FACTOR_BYTES = 4  # of a number in a factor, which is float32 in every precision (gram.py)
+# Passes in float64 take so much fewer examples: numbers are twice as long, and convolutions make
+# all patches of a batch.
+_SMALLER = 8
 # Squares of float32 numbers are summed in float32 while their sum lies between these.
 _SQUARES = 1e-20, 1e30
 
@@ -150,37 +154,69 @@ class PerExampleGradients:
         row = dense * self.precision.rows.itemsize + factors * FACTOR_BYTES
         return max(1, row), max(1, making)
 
-    def rows(self, inputs: Nest, targets: Nest, into: Rows | None = None) -> Rows:
-        """Return the unit gradients of a block of examples, with their norms and losses.
+    def rows(self, inputs: Nest, targets: Nest) -> Rows:
+        """Return the unit gradients of a few examples, with their norms and losses.
 
         Args:
             inputs: N first.
             targets: N first.
-            into: rows of this kind that are filled and returned.
         """
-        room = None if into is None else [into]
-        (made,) = self.rows_by_recipe(inputs, targets, [self.recipe], room)
+        n = count_examples(inputs)
+        (made,) = self.rows_of(
+            lambda some: take((inputs, targets), some), slice(0, n), batch=n, mended_together=n
+        )
         return made
 
-    def rows_by_recipe(
+    def rows_of(
+        self,
+        read: Callable[[slice], tuple[Nest, Nest]],
+        examples: slice,
+        *,
+        batch: int,
+        mended_together: int,
+        recipes: Sequence[Recipe] | None = None,
+        into: Sequence[Rows] | None = None,
+    ) -> list[Rows]:
+        """Return the unit gradients of many examples, with their norms and losses.
+
+        Args:
+            read: returns (inputs, targets) of some examples, N first.
+            examples: whose rows are made.
+            batch: examples of a pass.
+            mended_together: examples of which those near a kink are looked at together.
+            recipes: the parameters of each of the rows returned; None takes all, once.
+            into: room for the rows of each recipe, which is filled and returned.
+        """
+        recipes = recipes or [self.recipe]
+        doubts: list[Doubtful] = []
+
+        def make(some: slice, room: Sequence[Rows] | None) -> list[Rows]:
+            inputs, targets = read(some)
+            with full_float32():
+                kinks = Kinks(count_examples(inputs), self._rounding) if self._is_rounded else None
+                made = self._one_pass(inputs, targets, recipes, room, kinks)
+            if kinks is not None:
+                doubts.append(Doubtful.of(kinks, inputs, targets, some.start - examples.start))
+            return made
+
+        made = collect(make, examples, batch, into)
+        for window in pieces(slice(0, examples.stop - examples.start), mended_together):
+            doubtful = [d for d in doubts if len(d) and window.start <= d.places[0] < window.stop]
+            self._mend(made, doubtful, recipes, max(1, batch // _SMALLER))
+        return made
+
+    def _one_pass(
         self,
         inputs: Nest,
         targets: Nest,
         recipes: Sequence[Recipe],
-        into: Sequence[Rows] | None = None,
+        into: Sequence[Rows] | None,
+        kinks: Kinks | None,
     ) -> list[Rows]:
-        """Return rows over the parameters of each recipe, from one pass; see `rows`."""
-        targets = self._on_device(targets)
-        with full_float32():
-            kinks = Kinks(count_examples(inputs), self._rounding) if self._is_rounded else None
-            found = self._by_recipe(self._prepared(inputs), targets, kinks)
-            rooms: Sequence[Rows | None] = into or [None] * len(recipes)
-            with fast_float32():
-                made = [self._rows(found, *both) for both in zip(recipes, rooms, strict=True)]
-            if kinks is not None:
-                del found
-                self._mend(made, inputs, targets, recipes, kinks)
-            return made
+        found = self._by_recipe(self._prepared(inputs), self._on_device(targets), kinks)
+        rooms: Sequence[Rows | None] = into or [None] * len(recipes)
+        with fast_float32():
+            return [self._rows(found, *both) for both in zip(recipes, rooms, strict=True)]
 
     @property
     def _is_rounded(self) -> bool:
@@ -190,25 +226,19 @@ class PerExampleGradients:
     def _mend(
         self,
         made: Sequence[Rows],
-        inputs: Nest,
-        targets: Nest,
+        doubtful: Sequence[Doubtful],
         recipes: Sequence[Recipe],
-        kinks: Kinks,
+        size: int,
     ) -> None:
         """Make rows again in float64 where float32 was on the wrong side of a kink."""
-        near = kinks.examples()
-        if not len(near):
-            return
         exact = self._in_float64
-        with KinksAgain(kinks.calls, near) as again:
-            exact._run(take(inputs, near), take(targets, near))
-        wrong = again.examples()
-        if not len(wrong):
-            return
-        true_rows = exact.rows_by_recipe(take(inputs, wrong), take(targets, wrong), recipes)
-        for rows, true in zip(made, true_rows, strict=True):
-            for target, source in zip(rows.tensors(), true.tensors(), strict=True):
-                target[wrong] = source
+        with full_float32():
+            wrong = [some.on_the_wrong_side(exact._run) for some in together(doubtful, size)]
+            for some in together(wrong, size):
+                true_rows = exact._one_pass(some.inputs, some.targets, recipes, None, None)
+                for rows, true in zip(made, true_rows, strict=True):
+                    for target, source in zip(rows.tensors(), true.tensors(), strict=True):
+                        target[some.places] = source
 
     @functools.cached_property
     def _rounding(self) -> tuple[Moved, ...]:
@@ -233,8 +263,9 @@ class PerExampleGradients:
     def _in_float64(self) -> PerExampleGradients:
         """The same network and rows, but for float64 passes."""
         exact = copy.copy(self)
-        exact.model = _in_dtype(self.model, torch.float64)
+        # oneDNN, which likes channels last, knows no float64.
         exact._image_format = torch.contiguous_format
+        exact.model = _in_dtype(self.model, torch.float64).to(memory_format=exact._image_format)
         exact.precision = replace(self.precision, network=torch.float64)
         exact._bind(self.parameters)
         return exact

@@ -30,7 +30,7 @@ from distributed_stiffness.errors import StudyError
 # keeps the most digits, within what a product needs to run at its full rate.
 _SHORTEST_FOLD, _FOLDS, _LONGEST_FOLD = 64, 4, 8192
 # oneDNN adds up to 2,048 products before it looks at memory: half of that keeps MKL's digits.
-_LONGEST_FOLD_ONEDNN = 1024
+_LONGEST_FOLD_ONEDNN = 2048
 # bfloat16 products need longer sums to run at their full rate, and lose nothing to them.
 _FOLD_BF16 = {"cpu": 2**14, "cuda": 2**16}
 

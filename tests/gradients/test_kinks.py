@@ -304,7 +304,7 @@ class TestChanged:
         true = x.double()[near]
         true[0, 0, 0, 1] = TINY
 
-        with KinksAgain(kinks.calls, near) as again:
+        with KinksAgain(kinks.calls, 3) as again:
             F.relu(true)
 
         assert near.tolist() == [1, 2]
