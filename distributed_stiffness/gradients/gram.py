@@ -274,25 +274,34 @@ def collect(
     return whole
 
 
-def cosine(rows: Rows, columns: Rows, precision: Precision = FLOAT32) -> Tensor:
+def cosine(
+    rows: Rows, columns: Rows, precision: Precision = FLOAT32, into: Tensor | None = None
+) -> Tensor:
     """cos(g_i, g_j) for every pair, (N, M), within [−1, 1]; 0 where a gradient is 0.
 
     Of a block with itself (the same object) only one triangle is computed, and mirrored.
+
+    Args:
+        rows: N.
+        columns: M.
+        precision: of the rows.
+        into: where the cosines go, (N, M) float32.
     """
-    symmetric = rows is columns
+    symmetric, device = rows is columns, rows.norm.device
+    is_there = into is not None and into.device == device
+    total = into if is_there else torch.empty(len(rows), len(columns), device=device)
     with fast_float32():
-        if rows.dense_NP.shape[1]:
-            total = _folded(rows.dense_NP, columns.dense_NP, precision, symmetric=symmetric)
-            total *= rows.dense_scale_N.unsqueeze(1)
-            total *= columns.dense_scale_N
-        else:
-            total = torch.zeros(len(rows), len(columns), device=rows.norm.device)
+        _fold(rows.dense_NP, columns.dense_NP, precision, total, symmetric=symmetric)
         blocks = _blocks(len(rows), len(columns), _LEAF_OF_FACTORS, symmetric=symmetric)
         for above, left in blocks:
+            part = total[above, left]
+            part *= rows.dense_scale_N[above].unsqueeze(1)
+            part *= columns.dense_scale_N[left]
             for f, g in zip(rows.factors, columns.factors, strict=True):
-                total[above, left] += f.take(above).gram(g.take(left), precision)
-    total.clamp_(-1.0, 1.0)
-    return _mirror(total) if symmetric else total
+                part += f.take(above).gram(g.take(left), precision)
+            part.clamp_(-1.0, 1.0)
+    found = _mirror(total) if symmetric else total
+    return found if into is None or is_there else into.copy_(found)
 
 
 def folded_product(X_NP: Tensor, Y_MP: Tensor, precision: Precision = FLOAT32) -> Tensor:
@@ -303,26 +312,28 @@ def folded_product(X_NP: Tensor, Y_MP: Tensor, precision: Precision = FLOAT32) -
     same object) one triangle is computed, and mirrored.
     """
     symmetric = X_NP is Y_MP
+    total = torch.empty(len(X_NP), len(Y_MP), device=X_NP.device)
     with fast_float32():
-        total = _folded(X_NP, Y_MP, precision, symmetric=symmetric)
+        _fold(X_NP, Y_MP, precision, total, symmetric=symmetric)
     return _mirror(total) if symmetric else total
 
 
-def _folded(X_NP: Tensor, Y_MP: Tensor, precision: Precision, *, symmetric: bool) -> Tensor:
-    """Of X with itself (`symmetric`) the upper triangle."""
+def _fold(
+    X_NP: Tensor, Y_MP: Tensor, precision: Precision, total: Tensor, *, symmetric: bool
+) -> None:
+    """Write X Yᵀ; of X with itself (`symmetric`) the upper triangle."""
     fold = precision.fold(X_NP)
     leaf = _LEAF_CUDA if X_NP.is_cuda else _LEAF
     blocks = list(_blocks(len(X_NP), len(Y_MP), leaf, symmetric=symmetric))
-    total = torch.zeros(len(X_NP), len(Y_MP), device=X_NP.device)
+    total.zero_()
     for sums in pieces(slice(0, X_NP.shape[1]), fold * _SUMS):
         some = total if sums.start == 0 else torch.zeros_like(total)
         for part in pieces(sums, fold):
             # All blocks of one part of the rows in turn, while it is in the cache.
             for above, left in blocks:
-                some[above, left] += precision.product(X_NP[above, part], Y_MP[left, part])
+                precision.add_product(some[above, left], X_NP[above, part], Y_MP[left, part])
         if some is not total:
             total += some
-    return total
 
 
 def _blocks(n: int, m: int, leaf: int, *, symmetric: bool) -> Iterator[tuple[slice, slice]]:

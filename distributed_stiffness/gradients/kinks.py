@@ -112,6 +112,9 @@ class Near:
     sides: Tensor  # (k,) int64
 
 
+_NONE = Near(*(torch.empty(0, dtype=torch.int64) for _ in range(3)))
+
+
 @dataclass(eq=False)
 class Kinks(TorchFunctionMode):
     """Note what is near a kink while the mode is active.
@@ -273,6 +276,8 @@ def near(sides: Sides, moved: Moved) -> Near:
     limit = FARTHEST * moved.most * norm / max(1, sides.x[0].numel()) ** 0.5
     by_chance = (found.on_it > 0) & (found.on_it <= FEW)
     rows = ((found.distance < limit) | by_chance).nonzero().flatten()
+    if not len(rows):
+        return _NONE
     part = (sides.distance(rows).abs() * weight).flatten(1)
     is_near = (part < limit[rows, None]) & ((part > 0) | by_chance[rows, None])
     row, units = is_near.nonzero().unbind(1)

@@ -304,7 +304,7 @@ class _Work:
         n = count_examples(self.examples[0])
         columns = self.others or self.examples
         m = count_examples(columns[0])
-        values = np.empty((len(recipes), n, m), dtype=np.float32)
+        found = torch.empty(len(recipes), n, m)
         norms = [(np.empty(n), np.empty(m)) for _ in recipes]
         make_row, make_column = self._make(self.examples, recipes), self._make(columns, recipes)
         with Progress(quiet=not progress) as bars:
@@ -317,20 +317,19 @@ class _Work:
                 if self.others is None:
                     # Left of the panel: known by symmetry.
                     for k, rows in enumerate(held):
-                        own = cosine(rows, rows, self.gradients.precision)
-                        values[k, panel, panel] = own.cpu().numpy()
+                        cosine(rows, rows, self.gradients.precision, found[k, panel, panel])
                     start = panel.stop
                 for block in pieces(slice(start, m), self.plan.block):
                     for k, (rows, made) in enumerate(zip(held, make_column(block), strict=True)):
                         norms[k][1][block] = made.norm.cpu().numpy()
-                        part = cosine(rows, made, self.gradients.precision).cpu().numpy()
-                        values[k, panel, block] = part
+                        part = found[k, panel, block]
+                        cosine(rows, made, self.gradients.precision, part)
                         if self.others is None:
-                            values[k, block, panel] = part.T
+                            found[k, block, panel] = part.T
                 bar.update(panel.stop)
         if self.others is None:
             norms = [(rows, rows) for rows, _ in norms]
-        return values, norms
+        return found.numpy(), norms
 
     def bound(self, values: np.ndarray) -> dict[str, Any]:
         """Return the error bound of a matrix, and how many of its pairs lie below it."""

@@ -122,26 +122,59 @@ def _nearest_pairs(
     on_it: np.ndarray,
 ) -> None:
     n, H, W, C = images.shape
-    top, second, gap = np.empty(C, np.float32), np.empty(C, np.float32), np.empty(C, np.float32)
+    h, w = weight.shape[:2]
+    lines, weights = images.reshape(n, H, W * C), weight.reshape(h, w * C)
+    # The largest and the second of each column under a line of windows, then of each window. Loops
+    # run over whole arrays that are made here: of a part of one, or of an argument, the compiler
+    # does not know that it overlaps no other, and does one number at a time.
+    tops, seconds = np.empty((W, C), np.float32), np.empty((W, C), np.float32)
+    top, second = np.empty((w, C), np.float32), np.empty((w, C), np.float32)
+    all_tops, all_seconds = tops.reshape(W * C), seconds.reshape(W * C)
+    all_top, all_second = top.reshape(w * C), second.reshape(w * C)
+    gap = np.empty(w * C, np.float32)
     bits = gap.view(np.uint32)
     for i in range(n):
         least, zeros = _NONE, np.uint32(0)
-        for y in range(0, H - height + 1, down):
-            for x in range(0, W - width + 1, right):
-                top[:] = images[i, y, x]
-                second[:] = -np.inf
-                for place in range(1, height * width):
-                    one = images[i, y + place // width, x + place % width]
-                    for c in range(C):
-                        value, largest = one[c], top[c]
-                        other = value if value < largest else largest
-                        second[c] = other if other > second[c] else second[c]
-                        top[c] = value if value > largest else largest
-                weights = weight[y // down, x // right]
-                for c in range(C):
-                    difference = (top[c] - second[c]) * weights[c]
-                    gap[c] = _TINY if (difference == 0) & (top[c] != 0) else difference
-                for c in range(C):
-                    zeros += np.uint32(bits[c] == 0)
-                    least = min(least, np.uint32(bits[c] - _ONE))
+        for y in range(h):
+            line, weights_of_line = lines[i, y * down], weights[y]
+            for j in range(W * C):
+                all_tops[j], all_seconds[j] = line[j], -np.inf
+            for k in range(1, height):
+                line = lines[i, y * down + k]
+                for j in range(W * C):
+                    value, largest = line[j], all_tops[j]
+                    other = value if value < largest else largest
+                    all_seconds[j] = other if other > all_seconds[j] else all_seconds[j]
+                    all_tops[j] = value if value > largest else largest
+            _across(tops, seconds, width, right, top, second)
+            for j in range(w * C):
+                difference = (all_top[j] - all_second[j]) * weights_of_line[j]
+                gap[j] = _TINY if (difference == 0) & (all_top[j] != 0) else difference
+            for j in range(w * C):
+                zeros += np.uint32(bits[j] == 0)
+                least = min(least, np.uint32(bits[j] - _ONE))
         smallest[i], on_it[i] = least, zeros
+
+
+@njit(nogil=True, inline="always")  # type: ignore[untyped-decorator]
+def _across(
+    tops: np.ndarray,
+    seconds: np.ndarray,
+    width: int,
+    right: int,
+    top: np.ndarray,
+    second: np.ndarray,
+) -> None:
+    for x in range(top.shape[0]):
+        first = x * right
+        for c in range(top.shape[1]):
+            top[x, c] = tops[first, c]
+            second[x, c] = seconds[first, c]
+        for k in range(1, width):
+            for c in range(top.shape[1]):
+                value, largest = tops[first + k, c], top[x, c]
+                other = value if value < largest else largest
+                below = seconds[first + k, c]
+                below = below if below > second[x, c] else second[x, c]
+                second[x, c] = other if other > below else below
+                top[x, c] = value if value > largest else largest

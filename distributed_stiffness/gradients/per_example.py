@@ -14,6 +14,7 @@ import contextlib
 import copy
 import fnmatch
 import functools
+import math
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -435,7 +436,8 @@ class PerExampleGradients:
         numbers = self.parameters[name].numel()
         numbers += sum(one.rule.scratch(one.call, one.grad_output) for one in uses)
         room = _BYTES_AT_A_TIME["cuda" if self.device.type == "cuda" else "cpu"]
-        return max(1, room // (numbers * self.precision.network.itemsize))
+        most = max(1, room // (numbers * self.precision.network.itemsize))
+        return math.ceil(found.done.n / math.ceil(found.done.n / most))
 
     def _part(self, name: str, found: _Found, rows: slice) -> Tensor:
         """Return the gradient of one parameter for some examples, (n, *shape)."""

@@ -29,8 +29,7 @@ from distributed_stiffness.errors import StudyError
 # Partial sums of so many products are added up one after the other: a quarter of a row, which
 # keeps the most digits, within what a product needs to run at its full rate.
 _SHORTEST_FOLD, _FOLDS, _LONGEST_FOLD = 64, 4, 8192
-# oneDNN adds up to 2,048 products before it looks at memory: half of that keeps MKL's digits.
-_LONGEST_FOLD_ONEDNN = 2048
+_LONGEST_FOLD_ONEDNN = 2048  # it adds as many before it looks at memory
 # bfloat16 products need longer sums to run at their full rate, and lose nothing to them.
 _FOLD_BF16 = {"cpu": 2**14, "cuda": 2**16}
 
@@ -66,6 +65,13 @@ class Precision:
             with _switched(torch.backends.cuda.matmul, "allow_tf32", True):
                 return X_NP @ Y_MP.T
         return X_NP @ Y_MP.T
+
+    def add_product(self, total: Tensor, X_NP: Tensor, Y_MP: Tensor) -> None:
+        """Add X Yᵀ to (N, M), float32, in one rounding; within `fast_float32`."""
+        if _is_for_onednn(X_NP):
+            total.addmm_(X_NP, Y_MP.T)  # MKL would add its own short sums one by one
+        else:
+            total += self.product(X_NP, Y_MP)
 
 
 FLOAT32 = Precision("float32", torch.float32, torch.float32)

@@ -3,8 +3,9 @@
 Patches are laid out with channels last and multiplied in one batched product. Where the first
 dimension of the kernel moves by one place, only its other dimensions are laid out: its own steps
 are products with the same matrix, begun some rows further down, so that a k×k kernel copies its
-input k times and not k². Any stride, dilation, padding, number of groups; a transposed convolution
-is the same with input and D changed over.
+input k times and not k². Of few channels, as an image has, patches would be copied a few numbers at
+a time: there each place under the kernel is laid out as a plane. Any stride, dilation, padding,
+number of groups; a transposed convolution is the same with input and D changed over.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 # shapes of ResNet-20 and ResNet-18 (docs/design/0004-layers.md). A rule by shape, not by a clock:
 # the same bits again.
 _POSITIONS_FOR_STEPS = 128
+_CHANNELS_FOR_PLANES = 4
 
 
 class Convolution(Rule):
@@ -64,8 +66,15 @@ class Convolution(Rule):
         if role == "bias":
             return grad_output.flatten(2).sum(2)
         image, D = self._image_and_grad(call, grad_output)
-        by = self._by_steps if self._takes_steps(call, D) else self._by_patches
-        return by(call, image, D)
+        if self._takes_planes(call, image):
+            return self._by_planes(call, image, D)
+        if self._takes_steps(call, D):
+            return self._by_steps(call, image, D)
+        return self._by_patches(call, image, D)
+
+    def _takes_planes(self, call: Call, image: Tensor) -> bool:
+        is_one_group = call.settings["groups"] == 1
+        return bool(image.shape[1] <= _CHANNELS_FOR_PLANES and is_one_group and not image.is_cuda)
 
     def _takes_steps(self, call: Call, D: Tensor) -> bool:
         settings = call.settings
@@ -89,7 +98,8 @@ class Convolution(Rule):
         """Patches are copies."""
         image, D = self._image_and_grad(call, grad_output)
         first, *others = call.parameters["weight"].shape[2:]
-        copies = math.prod(others) * (1 if self._takes_steps(call, D) else first)
+        is_whole = self._takes_planes(call, image) or not self._takes_steps(call, D)
+        copies = math.prod(others) * (first if is_whole else 1)
         return D.shape[2:].numel() * copies * image.shape[1]
 
     def making_work(self, role: str, call: Call, output: Sequence[int]) -> int:
@@ -119,6 +129,17 @@ class Convolution(Rule):
         grad = torch.matmul(D_NgpT, patches_NgTk)
         return grad.reshape(n, weight.shape[0], *kernel, weight.shape[1]).movedim(-1, 2)
 
+    def _by_planes(self, call: Call, image: Tensor, D: Tensor) -> Tensor:
+        (n, p), (d, *kernel) = D.shape[:2], call.parameters["weight"].shape[1:]
+        padded = F.pad(image.contiguous(), self._margins(call))
+        batch, channel, *spatial = padded.stride()
+        planes = padded.as_strided(
+            (n, d, *kernel, *D.shape[2:]),
+            (batch, channel, *self._strides(call, spatial, "dilation", "stride")),
+        ).reshape(n, d * math.prod(kernel), -1)
+        grad = torch.bmm(planes, D.flatten(2).transpose(1, 2))
+        return grad.reshape(n, d, *kernel, p).movedim(-1, 1)
+
     def _by_steps(self, call: Call, image: Tensor, D: Tensor) -> Tensor:
         weight = call.parameters["weight"]
         n, p, kernel, d = len(D), weight.shape[0], weight.shape[2:], image.shape[1]
@@ -141,26 +162,32 @@ class Convolution(Rule):
 
         `first`: positions and kernel size along the first dimension, if not D's and the kernel's.
         """
-        settings, kernel = call.settings, list(call.parameters["weight"].shape[2:])
+        kernel = list(call.parameters["weight"].shape[2:])
         places = list(D.shape[2:])
         if first is not None:
             places[0], kernel[0] = first
         batch, *spatial, last = padded.stride()
         windows = padded.as_strided(
             (len(padded), *places, *kernel, padded.shape[-1]),
-            (
-                batch,
-                *(s * step for s, step in zip(spatial, settings["stride"], strict=True)),
-                *(s * gap for s, gap in zip(spatial, settings["dilation"], strict=True)),
-                last,
-            ),
+            (batch, *self._strides(call, spatial, "stride", "dilation"), last),
         )
         return windows.reshape(len(padded), math.prod(places), *kernel, padded.shape[-1])
 
     def _padded(self, call: Call, image: Tensor) -> Tensor:
         """Return the image with its margins, channels last."""
-        sides = [side for p in reversed(call.settings["padding"]) for side in (p, p)]
-        return F.pad(image.movedim(1, -1), (0, 0, *sides)).contiguous()
+        return F.pad(image.movedim(1, -1), (0, 0, *self._margins(call))).contiguous()
+
+    def _margins(self, call: Call) -> list[int]:
+        """Return what `F.pad` adds, the last dimension first."""
+        return [side for p in reversed(call.settings["padding"]) for side in (p, p)]
+
+    def _strides(self, call: Call, spatial: Sequence[int], *settings: str) -> list[int]:
+        """Return the strides of windows: from one place to the next, or within the kernel."""
+        return [
+            stride * step
+            for setting in settings
+            for stride, step in zip(spatial, call.settings[setting], strict=True)
+        ]
 
     def _each_dim(self, value: int | Sequence[int]) -> list[int]:
         return [value] * self.spatial_dims if isinstance(value, int) else list(value)
