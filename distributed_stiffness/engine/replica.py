@@ -280,9 +280,7 @@ class Replica:
         gradients = self._gradients_of(checkpoint)
 
         def product(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-            left, right = (
-                gradients.rows(*self._examples(some)) for some in (rows, columns)
-            )
+            left, right = (gradients.rows(*self._examples(some)) for some in (rows, columns))
             return cosine(left, right, gradients.precision).cpu().numpy()
 
         return pair_reader(product, self.plan.batch)

@@ -21,9 +21,9 @@ from distributed_stiffness.tiling import pieces
 
 # Products of positions with positions are made for so many pairs that they stay in the cache.
 _PRODUCTS_IN_CACHE = {"cpu": 2**20, "cuda": 2**26}
-# Up to so many rows a block is multiplied with itself whole; a larger one is halved, and what lies
-# below the diagonal is not made.
-_LEAF, _LEAF_CUDA, _LEAF_OF_FACTORS = 128, 1024, 512
+# A block is multiplied with itself in strips of so many columns: what lies below their squares on
+# the diagonal is not made.
+_STRIP, _STRIP_CUDA, _STRIP_OF_FACTORS = 128, 1024, 512
 # Short sums that are added up before they meet the total.
 _SUMS = 64
 # Rows within this size (and its inverse) need no scaling before they are multiplied.
@@ -292,7 +292,7 @@ def cosine(
     total = into if is_there else torch.empty(len(rows), len(columns), device=device)
     with fast_float32():
         _fold(rows.dense_NP, columns.dense_NP, precision, total, symmetric=symmetric)
-        blocks = _blocks(len(rows), len(columns), _LEAF_OF_FACTORS, symmetric=symmetric)
+        blocks = _blocks(len(rows), len(columns), _STRIP_OF_FACTORS, symmetric=symmetric)
         for above, left in blocks:
             part = total[above, left]
             part *= rows.dense_scale_N[above].unsqueeze(1)
@@ -323,8 +323,8 @@ def _fold(
 ) -> None:
     """Write X Yᵀ; of X with itself (`symmetric`) the upper triangle."""
     fold = precision.fold(X_NP)
-    leaf = _LEAF_CUDA if X_NP.is_cuda else _LEAF
-    blocks = list(_blocks(len(X_NP), len(Y_MP), leaf, symmetric=symmetric))
+    strip = _STRIP_CUDA if X_NP.is_cuda else _STRIP
+    blocks = list(_blocks(len(X_NP), len(Y_MP), strip, symmetric=symmetric))
     total.zero_()
     for sums in pieces(slice(0, X_NP.shape[1]), fold * _SUMS):
         some = total if sums.start == 0 else torch.zeros_like(total)
@@ -336,26 +336,16 @@ def _fold(
             total += some
 
 
-def _blocks(n: int, m: int, leaf: int, *, symmetric: bool) -> Iterator[tuple[slice, slice]]:
-    """Cut a matrix into blocks: itself; or, of a symmetric one, those of the upper triangle.
+def _blocks(n: int, m: int, width: int, *, symmetric: bool) -> Iterator[tuple[slice, slice]]:
+    """Cut a matrix into blocks: itself; or, of a symmetric one, strips down to the diagonal.
 
-    The square is halved until it has `leaf` rows: large squares run faster than narrow strips.
+    A product lays out its right operand anew: many rows by few columns run faster than squares.
     """
     if not symmetric:
         yield slice(0, n), slice(0, m)
     else:
-        yield from _upper_blocks(slice(0, n), leaf)
-
-
-def _upper_blocks(rows: slice, leaf: int) -> Iterator[tuple[slice, slice]]:
-    if rows.stop - rows.start <= leaf:
-        yield rows, rows
-        return
-    middle = (rows.start + rows.stop) // 2
-    first, second = slice(rows.start, middle), slice(middle, rows.stop)
-    yield from _upper_blocks(first, leaf)
-    yield first, second
-    yield from _upper_blocks(second, leaf)
+        for left in pieces(slice(0, n), width):
+            yield slice(0, left.stop), left
 
 
 def _mirror(matrix: Tensor) -> Tensor:
@@ -363,12 +353,10 @@ def _mirror(matrix: Tensor) -> Tensor:
 
     A product of rows with themselves need not be symmetric to the last bit.
     """
-    for above, left in _upper_blocks(slice(0, len(matrix)), _LEAF):
-        block = matrix[above, left]
-        if above == left:
-            block.copy_(block.triu() + block.triu(1).T)
-        else:
-            matrix[left, above] = block.T
+    for left in pieces(slice(0, len(matrix)), _STRIP):
+        square = matrix[left, left]
+        square.copy_(square.triu() + square.triu(1).T)
+        matrix[left, : left.start] = matrix[: left.start, left].T
     return matrix
 
 

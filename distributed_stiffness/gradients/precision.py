@@ -29,7 +29,8 @@ from distributed_stiffness.errors import StudyError
 # Partial sums of so many products are added up one after the other: a quarter of a row, which
 # keeps the most digits, within what a product needs to run at its full rate.
 _SHORTEST_FOLD, _FOLDS, _LONGEST_FOLD = 64, 4, 8192
-_LONGEST_FOLD_ONEDNN = 2048  # it adds as many before it looks at memory
+# oneDNN adds up to 2,048 products before it looks at memory: half of that keeps MKL's digits.
+_LONGEST_FOLD_ONEDNN = 1024
 # bfloat16 products need longer sums to run at their full rate, and lose nothing to them.
 _FOLD_BF16 = {"cpu": 2**14, "cuda": 2**16}
 

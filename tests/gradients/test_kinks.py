@@ -300,15 +300,43 @@ class TestChanged:
         x = inputs(TINY, -TINY)
         x[2, 0, 0, 0] = TINY
         kinks = noted(F.relu, x)
-        near = kinks.examples()
-        true = x.double()[near]
-        true[0, 0, 0, 1] = TINY
+        true = x.double()
+        true[1, 0, 0, 1] = TINY
 
         with KinksAgain(kinks.calls, 3) as again:
             F.relu(true)
 
-        assert near.tolist() == [1, 2]
+        assert kinks.examples().tolist() == [1, 2]
         assert again.examples().tolist() == [1]
+
+    def test_a_pass_ends_with_the_last_unit_that_was_noted(self) -> None:
+        """
+        Nothing behind it is computed, and a network's own handling of errors does not see it.
+        """
+        x = inputs(TINY)
+        kinks = noted(lambda x: F.relu(F.relu(x) + 1), x)
+        reached = []
+
+        with KinksAgain(kinks.calls, 3) as again:
+            try:
+                F.relu(x.double())
+                reached.append("behind")
+            except Exception:
+                reached.append("handled")
+
+        assert len(kinks.calls) == 2
+        assert not reached
+        assert again.examples().tolist() == []
+        assert F.relu(torch.tensor([[-1.0]])).tolist() == [[0.0]]
+
+    def test_an_error_of_the_network_is_raised(self) -> None:
+        """
+        Only the end of the pass is not.
+        """
+        kinks = noted(F.relu, inputs(TINY))
+
+        with pytest.raises(ZeroDivisionError), KinksAgain(kinks.calls, 3):
+            1 / 0  # noqa: B018
 
 
 class Cancelling(nn.Module):

@@ -1,0 +1,166 @@
+"""Examples near a kink, of many passes, are looked at again together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distributed_stiffness.gradients.gram import cosine
+from distributed_stiffness.gradients.kinks import Kinks
+from distributed_stiffness.gradients.mending import Doubtful, together
+from distributed_stiffness.gradients.per_example import PerExampleGradients
+from distributed_stiffness.gradients.reference import Reference
+
+TINY = 1e-8  # beside 1, within rounding
+
+
+def two_calls(x: Tensor) -> Tensor:
+    return F.relu(F.relu(x[:, 0]) + x[:, 1])
+
+
+def examples(first: dict[int, float], second: dict[int, float], n: int = 6) -> Tensor:
+    """Inputs of `two_calls`, in which some have a unit near the first kink, or the second."""
+    x = 1.0 + torch.rand(n, 2, 40, generator=torch.Generator().manual_seed(0))
+    for number, value in first.items():
+        x[number, 0, 3] = value
+    for number, value in second.items():
+        x[number, 0, 5], x[number, 1, 5] = 1.0, value - 1.0
+    return x
+
+
+def doubtful(x: Tensor, start: int = 0) -> Doubtful:
+    with Kinks(len(x)) as kinks:
+        two_calls(x)
+    return Doubtful.of(kinks, x, torch.arange(len(x)), start)
+
+
+def test_those_near_a_kink_are_kept_with_their_places() -> None:
+    """
+    Their inputs and targets alone, and where their rows are.
+    """
+    x = examples({4: TINY}, {1: TINY})
+
+    found = doubtful(x, start=10)
+
+    assert found.places.tolist() == [11, 14]
+    assert found.targets.tolist() == [1, 4]
+    assert torch.equal(found.inputs, x[[1, 4]])
+    assert found.last_calls().tolist() == [1, 0]
+
+
+def test_passes_are_joined_and_cut_into_new_ones() -> None:
+    """
+    Every example once, and none twice; those that are near a kink early come first.
+    """
+    parts = [
+        doubtful(examples({0: TINY, 3: TINY}, {2: TINY}), start=0),
+        doubtful(examples({}, {}), start=6),
+        doubtful(examples({5: -TINY}, {0: TINY, 5: TINY, 1: -TINY}), start=12),
+    ]
+
+    pieces = list(together(parts, 3))
+
+    assert [piece.places.tolist() for piece in pieces] == [[0, 2, 3], [12, 13, 17]]
+    assert [piece.places.tolist() for piece in together(parts, 2)] == [[0, 3], [2, 12], [13, 17]]
+    assert list(together([], 3)) == []
+
+
+def test_one_call_is_enough_for_those_that_are_near_its_kink_alone() -> None:
+    """
+    The pass over them ends there.
+    """
+    early, late = together([doubtful(examples({0: TINY, 3: TINY}, {2: TINY}))], 2)
+    calls: list[int] = []
+
+    def run(inputs: Tensor, _: Tensor) -> None:
+        F.relu(inputs[:, 0])
+        calls.append(len(inputs))
+        two_calls(inputs)
+
+    early.on_the_wrong_side(run)
+    late.on_the_wrong_side(run)
+
+    assert early.places.tolist() == [0, 3]
+    assert calls == [1]
+
+
+def test_those_on_another_side_without_rounding_are_found() -> None:
+    """
+    In either call, whichever passes they come from.
+    """
+    parts = [
+        doubtful(examples({0: TINY, 3: TINY}, {2: TINY}), start=0),
+        doubtful(examples({}, {4: TINY}), start=6),
+    ]
+
+    def run(inputs: Tensor, targets: Tensor) -> None:
+        true = inputs.double().clone()
+        true[targets == 3, 0, 3] = -TINY
+        true[targets == 4, 1, 5] = -1.0 + TINY
+        two_calls(true)
+
+    wrong = [part.on_the_wrong_side(run) for part in together(parts, 8)]
+
+    assert torch.cat([part.places for part in wrong]).tolist() == [3, 10]
+
+
+def test_passes_that_made_other_calls_are_not_joined() -> None:
+    """
+    Which of their units are the same is not known.
+    """
+    x = examples({1: TINY}, {})
+    with Kinks(len(x)) as kinks:
+        F.relu(x[:, 0])
+    other = Doubtful.of(kinks, x, torch.arange(len(x)), 6)
+
+    pieces = list(together([doubtful(x), other], 8))
+
+    assert [piece.places.tolist() for piece in pieces] == [[1], [7]]
+
+
+class Cancelling(nn.Module):
+    """Its first unit is 2e-9 in real numbers and -1e-9 in float32, for a part of the examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 64), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, big = self.first(x), x.sum(1, keepdim=True)
+        lost = (big + 3e-9) - big  # 0 in float32
+        unit = z[:, :1] - z[:, :1].detach() + lost - 1e-9 + (big > 6)
+        return self.last(F.relu(torch.cat([unit, z[:, 1:]], 1)))
+
+
+@pytest.mark.parametrize(("batch", "mended_together"), [(23, 23), (4, 8), (4, 1), (5, 100)])
+def test_rows_do_not_depend_on_how_examples_were_put_together(
+    batch: int, mended_together: int
+) -> None:
+    """
+    Of batches that do not divide their number, with rows mended by batches or all at once.
+    """
+    torch.manual_seed(0)
+    model = Cancelling().eval()
+    with torch.no_grad():
+        model.last.weight[:, 0] = torch.tensor([3.0, -2.0, 1.0])
+    x, y = 1 + torch.rand(23, 4), torch.arange(23) % 3
+    names = [name for name, _ in model.named_parameters()]
+    expected = Reference(model, "cross_entropy", names).cosines(x, y, memory=10**8)
+    gradients = PerExampleGradients(model, "cross_entropy", (x[:8], y[:8]))
+    asked: list[int] = []
+
+    def read(some: slice) -> tuple[Tensor, Tensor]:
+        asked.append(some.stop - some.start)
+        return x[some], y[some]
+
+    (rows,) = gradients.rows_of(read, slice(0, 23), batch=batch, mended_together=mended_together)
+
+    assert sum(asked) == 23 and max(asked) == min(batch, 23)
+    torch.testing.assert_close(cosine(rows, rows).double(), expected, atol=2e-6, rtol=0)
+    (again,) = gradients.rows_of(
+        read, slice(7, 23), batch=batch, mended_together=mended_together, into=[rows[7:]]
+    )
+    assert again.dense_NP.data_ptr() == rows[7:].dense_NP.data_ptr()
+    torch.testing.assert_close(cosine(rows, rows).double(), expected, atol=2e-6, rtol=0)
