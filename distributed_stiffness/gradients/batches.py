@@ -136,6 +136,8 @@ def _checked(examples: Any) -> tuple[Nest, Nest]:
     wanted = [len(t) if t.dim() else 0 for t in tensors(targets)]
     if not found:
         raise ModelError("the inputs hold no tensor")
+    if not found[0]:
+        raise ModelError("there are no examples")
     if any(n != found[0] for n in found + wanted):
         raise ModelError(
             f"{found[0]} inputs, but {next(n for n in found + wanted if n != found[0])} targets"

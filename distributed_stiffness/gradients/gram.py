@@ -252,6 +252,9 @@ def collect(
     rows: slice,
     size: int,
     into: Sequence[Rows] | None = None,
+    *,
+    finish: Callable[[Sequence[Rows]], None] | None = None,
+    finished_together: int = 1,
 ) -> list[Rows]:
     """Make rows batch by batch, each where it belongs in the whole.
 
@@ -260,18 +263,21 @@ def collect(
         rows: the examples.
         size: examples of a batch.
         into: room for all of them; new room where not given.
+        finish: is called with all of them when as many more examples are made, and at the end.
+        finished_together: so many.
     """
-    first, *others = pieces(rows, size)
-    made = make(first, into and [room[: first.stop - first.start] for room in into])
-    if not others:
-        return list(into or made)
-    whole = list(into) if into else [block.empty(rows.stop - rows.start) for block in made]
-    for room, block in zip(whole, made, strict=True):
-        room[: len(block)].copy_(block)
-    for batch in others:
+    whole, n = into, rows.stop - rows.start
+    for batch in pieces(rows, size):
         place = slice(batch.start - rows.start, batch.stop - rows.start)
-        make(batch, [room[place] for room in whole])
-    return whole
+        made = make(batch, whole and [room[place] for room in whole])
+        if whole is None:
+            whole = made if len(made[0]) == n else [block.empty(n) for block in made]
+            for room, block in zip(whole, made, strict=True):
+                room[place].copy_(block)
+        is_enough = place.start // finished_together < place.stop // finished_together
+        if finish is not None and (is_enough or place.stop == n):
+            finish(whole)
+    return list(whole or ())
 
 
 def cosine(
@@ -289,7 +295,8 @@ def cosine(
     """
     symmetric, device = rows is columns, rows.norm.device
     is_there = into is not None and into.device == device
-    total = into if is_there else torch.empty(len(rows), len(columns), device=device)
+    room = into if is_there else None
+    total = torch.empty(len(rows), len(columns), device=device) if room is None else room
     with fast_float32():
         _fold(rows.dense_NP, columns.dense_NP, precision, total, symmetric=symmetric)
         blocks = _blocks(len(rows), len(columns), _STRIP_OF_FACTORS, symmetric=symmetric)
@@ -300,8 +307,9 @@ def cosine(
             for f, g in zip(rows.factors, columns.factors, strict=True):
                 part += f.take(above).gram(g.take(left), precision)
             part.clamp_(-1.0, 1.0)
-    found = _mirror(total) if symmetric else total
-    return found if into is None or is_there else into.copy_(found)
+    if symmetric:
+        _mirror(total)
+    return total if into is None or is_there else into.copy_(total)
 
 
 def folded_product(X_NP: Tensor, Y_MP: Tensor, precision: Precision = FLOAT32) -> Tensor:
@@ -330,8 +338,10 @@ def _fold(
         some = total if sums.start == 0 else torch.zeros_like(total)
         for part in pieces(sums, fold):
             # All blocks of one part of the rows in turn, while it is in the cache.
+            X = precision.operand(X_NP[:, part])
+            Y = X if symmetric else precision.operand(Y_MP[:, part])
             for above, left in blocks:
-                precision.add_product(some[above, left], X_NP[above, part], Y_MP[left, part])
+                precision.add_product(some[above, left], X[above], Y[left])
         if some is not total:
             total += some
 

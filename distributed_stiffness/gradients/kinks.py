@@ -42,6 +42,7 @@ _LEAST = 6e-8  # it is never taken to be less: half of a float32's last place
 # So many units of an example may be exactly at a kink by chance, as where a sum cancels; more are
 # so by construction, in every precision: a region that is black, a channel that is dead.
 FEW = 8
+_FEW_UNITS = 16
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,10 @@ _TYPICAL = Moved(2.5e-7, torch.ones(()))  # where it was not measured
 class Near:
     """Units of one call that are near a kink, on the CPU."""
 
+    shape: tuple[int, ...]  # of the units of an example
     examples: Tensor  # (k,) int64
     units: Tensor  # (k,) int64, of an example, flattened
     sides: Tensor  # (k,) int64
-
-
-_NONE = Near(*(torch.empty(0, dtype=torch.int64) for _ in range(3)))
 
 
 @dataclass(eq=False)
@@ -162,7 +161,7 @@ class Kinks(TorchFunctionMode):
 
 
 class KinksAgain(Kinks):
-    """Look at units that were noted, in another pass; which ends where nothing is left to see.
+    """Look again, in another pass, at units that were noted.
 
     Args:
         calls: what was noted of the examples of this pass.
@@ -171,37 +170,27 @@ class KinksAgain(Kinks):
 
     def __init__(self, calls: Sequence[Near | None], n: int) -> None:
         super().__init__(n)
-        self._noted = list(calls)
-        while self._noted and not _is_worth_a_look(self._noted[-1]):
-            self._noted.pop()
-        self._noted.reverse()  # the next one last
+        self._noted = list(reversed(calls))  # the next one last
         self._changed: list[Tensor] = []
 
     def _look(self, sides: Sides) -> None:
         noted = self._noted.pop() if self._noted else None
-        if noted is not None and self._is_watched(sides.x):
-            of_each, where = torch.unique(noted.examples, return_inverse=True)
-            now = sides.of(of_each).cpu()[where, noted.units]
-            self._changed.append(noted.examples[now != noted.sides])
-        if not self._noted:
-            raise _NothingLeft
-
-    def __exit__(self, kind: type[BaseException] | None, *raised: Any) -> bool:
-        """Leave the mode, and the pass behind."""
-        super().__exit__(kind, *raised)  # type: ignore[no-untyped-call]
-        return kind is _NothingLeft
+        if noted is None:
+            return
+        if not self._is_watched(sides.x) or tuple(sides.shape) != noted.shape:
+            self._changed.append(noted.examples)  # another call: what became of them is not known
+            return
+        of_each, where = torch.unique(noted.examples, return_inverse=True)
+        now = sides.of(of_each).cpu()[where, noted.units]
+        self._changed.append(noted.examples[now != noted.sides])
 
     def examples(self) -> Tensor:
-        """Return the examples in which a unit is on another side than was noted, ascending."""
-        return _all(self._changed)
+        """Return the examples in which a unit is on another side than was noted, ascending.
 
-
-class _NothingLeft(BaseException):
-    """Ends a pass; no error, which a network's own code might handle."""
-
-
-def _is_worth_a_look(noted: Near | None) -> bool:
-    return noted is not None and len(noted.examples) > 0
+        Or may be: those of calls that were not made again are among them.
+        """
+        missed = [noted.examples for noted in self._noted if noted is not None]
+        return _all([*self._changed, *missed])
 
 
 class Rounded(Kinks):
@@ -268,20 +257,24 @@ def _all(parts: Sequence[Tensor]) -> Tensor:
 def near(sides: Sides, moved: Moved) -> Near:
     """Return the units of a call that are near its kink.
 
-    The size that `moved` is a share of is the root mean square of the units of an example.
+    The size that `moved` is a share of is the root mean square of the units of an example; of a few
+    units, which all may be near the kink, at least that of all examples.
     """
-    weight = moved.of_units(sides.shape)
+    shape, weight = tuple(sides.shape), moved.of_units(sides.shape)
     found = sides.nearest(weight)
-    norm = torch.linalg.vector_norm(in_memory_order(sides.x), dim=1)
-    limit = FARTHEST * moved.most * norm / max(1, sides.x[0].numel()) ** 0.5
+    units = in_memory_order(sides.x)
+    size = torch.linalg.vector_norm(units, dim=1) / max(1, units.shape[1]) ** 0.5
+    if units.shape[1] < _FEW_UNITS:
+        size = size.clamp(min=float(size.square().mean().sqrt()))
+    limit = FARTHEST * moved.most * size
     by_chance = (found.on_it > 0) & (found.on_it <= FEW)
     rows = ((found.distance < limit) | by_chance).nonzero().flatten()
     if not len(rows):
-        return _NONE
+        return Near(shape, *(torch.empty(0, dtype=torch.int64) for _ in range(3)))
     part = (sides.distance(rows).abs() * weight).flatten(1)
     is_near = (part < limit[rows, None]) & ((part > 0) | by_chance[rows, None])
     row, units = is_near.nonzero().unbind(1)
-    return Near(*(t.cpu() for t in (rows[row], units, sides.of(rows)[row, units])))
+    return Near(shape, *(t.cpu() for t in (rows[row], units, sides.of(rows)[row, units])))
 
 
 # The kinks of torch's functions.

@@ -172,10 +172,9 @@ def gradient_norms(
 ) -> xr.DataArray:
     """Return ‖g_i‖ at true scale, dims (example,), float64; arguments as `cosine_matrix`."""
     work = _work(model, loss, examples, None, parameters, precision, memory, check)
-    n = count_examples(work.examples[0])
-    norms = [
-        work.gradients.rows(*take(work.examples, batch)).norm.cpu() for batch in work.batches(n)
-    ]
+    make = work.makes(work.examples, [work.gradients.recipe])
+    blocks = pieces(slice(0, count_examples(work.examples[0])), work.plan.block)
+    norms = [rows.norm.cpu() for block in blocks for rows in make(block)]
     return xr.DataArray(
         torch.cat(norms).numpy(),
         dims=("example",),
@@ -292,10 +291,6 @@ class _Work:
     others: tuple[Nest, Nest] | None
     plan: Plan
 
-    def batches(self, n: int) -> Iterator[slice]:
-        """Cut n examples into passes."""
-        return pieces(slice(0, n), self.plan.batch)
-
     def matrices(
         self, recipes: Sequence[Recipe] | None = None, *, progress: bool = False
     ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
@@ -306,7 +301,7 @@ class _Work:
         m = count_examples(columns[0])
         found = torch.empty(len(recipes), n, m)
         norms = [(np.empty(n), np.empty(m)) for _ in recipes]
-        make_row, make_column = self._make(self.examples, recipes), self._make(columns, recipes)
+        make_row, make_column = self.makes(self.examples, recipes), self.makes(columns, recipes)
         with Progress(quiet=not progress) as bars:
             bar = bars.phase("pairs", n, "rows")
             for panel in pieces(slice(0, n), self.plan.panel_rows):
@@ -349,9 +344,10 @@ class _Work:
             "undecided_signs": int(np.triu(np.abs(values) < bound, 1).sum()),
         }
 
-    def _make(
+    def makes(
         self, examples: tuple[Nest, Nest], recipes: Sequence[Recipe]
     ) -> Callable[[slice], list[Rows]]:
+        """Return what makes rows of some examples, one block for each recipe."""
         return lambda rows: self.gradients.rows_of(
             lambda some: take(examples, some),
             rows,

@@ -1,8 +1,7 @@
 """Examples with units near a kink, looked at again in passes of their own.
 
-Few of a batch are so near, and a float64 pass costs less by example the more there are. And it need
-go no farther than the last unit that is looked at: those of examples whose last comes early are
-looked at together. Both want examples of many batches.
+Few of a batch are so near, and a float64 pass costs less by example the more there are: those of
+many batches are looked at together.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Doubtful:
         def of_chosen(near: Near) -> Near:
             examples = place[near.examples]
             kept = examples >= 0
-            return Near(examples[kept], near.units[kept], near.sides[kept])
+            return Near(near.shape, examples[kept], near.units[kept], near.sides[kept])
 
         return Doubtful(
             take(self.inputs, chosen),
@@ -54,14 +53,6 @@ class Doubtful:
             self.places[chosen],
             tuple(near and of_chosen(near) for near in self.calls),
         )
-
-    def last_calls(self) -> Tensor:
-        """Return the last call in which each example is near a kink, (k,) int64."""
-        last = torch.full((len(self),), -1)
-        for number, near in enumerate(self.calls):
-            if near is not None:
-                last[near.examples] = number
-        return last
 
     def on_the_wrong_side(self, run: Callable[[Nest, Nest], None]) -> Doubtful:
         """Return those that a pass without rounding, which `run` makes, puts on another side."""
@@ -73,35 +64,36 @@ class Doubtful:
 def together(parts: Sequence[Doubtful], size: int) -> Iterator[Doubtful]:
     """Join examples of several passes, and cut them into new ones of at most `size`.
 
-    Those that are near a kink early come first. Passes that made other calls are not joined.
+    Passes that made other calls are not joined.
     """
-    alike: dict[tuple[bool, ...], list[Doubtful]] = defaultdict(list)
+    alike: dict[tuple[tuple[int, ...] | None, ...], list[Doubtful]] = defaultdict(list)
     for part in parts:
         if len(part):
-            alike[tuple(near is None for near in part.calls)].append(part)
+            alike[tuple(near.shape if near else None for near in part.calls)].append(part)
     for some in alike.values():
         joined = _joined(some)
-        early_first = joined.last_calls().argsort(stable=True)
         for piece in pieces(slice(0, len(joined)), size):
-            yield joined.take(early_first[piece].sort().values)
+            yield joined.take(torch.arange(piece.start, piece.stop))
 
 
 def _joined(parts: Sequence[Doubtful]) -> Doubtful:
     starts = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0).tolist()
-
-    def joined(near: Sequence[Near | None]) -> Near | None:
-        there = [one for one in near if one is not None]
-        if not there:
-            return None
-        return Near(
-            torch.cat([one.examples + start for one, start in zip(there, starts, strict=False)]),
-            torch.cat([one.units for one in there]),
-            torch.cat([one.sides for one in there]),
+    calls: list[Near | None] = []
+    for same in zip(*(part.calls for part in parts), strict=True):
+        there = [(near, start) for near, start in zip(same, starts, strict=False) if near]
+        calls.append(
+            Near(
+                there[0][0].shape,
+                torch.cat([near.examples + start for near, start in there]),
+                torch.cat([near.units for near, _ in there]),
+                torch.cat([near.sides for near, _ in there]),
+            )
+            if there
+            else None
         )
-
     return Doubtful(
         join([part.inputs for part in parts]),
         join([part.targets for part in parts]),
         torch.cat([part.places for part in parts]),
-        tuple(joined(near) for near in zip(*(part.calls for part in parts), strict=True)),
+        tuple(calls),
     )

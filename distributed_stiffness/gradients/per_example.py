@@ -63,9 +63,9 @@ EXAMPLES = 8
 # it is in its place.
 _BYTES_AT_A_TIME = {"cpu": 4 * 2**20, "cuda": 2**28}
 FACTOR_BYTES = 4  # of a number in a factor, which is float32 in every precision (gram.py)
-# Passes in float64 take so much fewer examples: numbers are twice as long, and convolutions make
-# all patches of a batch.
-_SMALLER = 8
+# Passes in float64 take so much fewer examples: numbers are twice as long, and a CPU's convolutions
+# make all patches of a batch, which should stay in the cache.
+_SMALLER = {"cpu": 8, "cuda": 2}
 # Squares of float32 numbers are summed in float32 while their sum lies between these.
 _SQUARES = 1e-20, 1e30
 
@@ -184,7 +184,7 @@ class PerExampleGradients:
             read: returns (inputs, targets) of some examples, N first.
             examples: whose rows are made.
             batch: examples of a pass.
-            mended_together: examples of which those near a kink are looked at together.
+            mended_together: after so many, those of them that are near a kink are looked at again.
             recipes: the parameters of each of the rows returned; None takes all, once.
             into: room for the rows of each recipe, which is filled and returned.
         """
@@ -200,11 +200,12 @@ class PerExampleGradients:
                 doubts.append(Doubtful.of(kinks, inputs, targets, some.start - examples.start))
             return made
 
-        made = collect(make, examples, batch, into)
-        for window in pieces(slice(0, examples.stop - examples.start), mended_together):
-            doubtful = [d for d in doubts if len(d) and window.start <= d.places[0] < window.stop]
-            self._mend(made, doubtful, recipes, max(1, batch // _SMALLER))
-        return made
+        def mend(made: Sequence[Rows]) -> None:
+            if any(map(len, doubts)):
+                self._mend(made, doubts, recipes, max(1, batch // _SMALLER[self.device.type]))
+            doubts.clear()
+
+        return collect(make, examples, batch, into, finish=mend, finished_together=mended_together)
 
     def _one_pass(
         self,
@@ -256,9 +257,10 @@ class PerExampleGradients:
 
     @torch.no_grad()
     def _run(self, inputs: Nest, targets: Nest) -> None:
-        """Make a forward pass."""
+        """Make a forward pass, of the calls that `Capture` sees."""
         args, kwargs = self._arguments(self._prepared(inputs), self._on_device(targets))
-        self._network.module(*args, **kwargs)
+        with TakenApart():
+            self._network.module(*args, **kwargs)
 
     @functools.cached_property
     def _in_float64(self) -> PerExampleGradients:
@@ -417,7 +419,7 @@ class PerExampleGradients:
         square = torch.zeros(found.done.n, dtype=torch.float64, device=self.device)
         for name, place in zip(recipe.dense, torch.split(dense, sizes, 1), strict=True):
             for rows in pieces(slice(0, found.done.n), self._at_a_time(name, found)):
-                part = _in_memory_order(self._part(name, found, rows))
+                part = _laid_out(self._part(name, found, rows))
                 square[rows] += _squares(part)
                 place[rows] = part
         return dense, square
@@ -636,10 +638,13 @@ def _joined(positions: Sequence[Positions]) -> tuple[Tensor, Tensor]:
     )
 
 
-def _in_memory_order(part: Tensor) -> Tensor:
-    """Flatten gradients, (n, *shape), in the order in which they lie: products need no other."""
-    order = sorted(range(1, part.dim()), key=part.stride, reverse=True)
-    return part.permute(0, *order).reshape(len(part), -1)
+def _laid_out(part: Tensor) -> Tensor:
+    """Flatten gradients, (n, *shape), channels last, as those of convolutions are made.
+
+    By the shape alone, not by how they lie: passes of one network may make the same gradients in
+    several memory formats, and their rows are multiplied with each other.
+    """
+    return (part.movedim(2, -1) if part.dim() > 3 else part).reshape(len(part), -1)
 
 
 def _squares(part: Tensor) -> Tensor:

@@ -67,12 +67,21 @@ class Precision:
                 return X_NP @ Y_MP.T
         return X_NP @ Y_MP.T
 
+    def operand(self, rows: Tensor) -> Tensor:
+        """Return rows as `add_product` takes them: cast once for all their products."""
+        return rows.float() if self._is_bf16_on_cpu(rows) else rows
+
     def add_product(self, total: Tensor, X_NP: Tensor, Y_MP: Tensor) -> None:
-        """Add X Yᵀ to (N, M), float32, in one rounding; within `fast_float32`."""
-        if _is_for_onednn(X_NP):
+        """Add X Yᵀ of two operands to (N, M), float32; within `fast_float32`."""
+        if self._is_bf16_on_cpu(X_NP):
+            total += _bf16_product(X_NP, Y_MP)
+        elif _is_for_onednn(X_NP):
             total.addmm_(X_NP, Y_MP.T)  # MKL would add its own short sums one by one
         else:
             total += self.product(X_NP, Y_MP)
+
+    def _is_bf16_on_cpu(self, rows: Tensor) -> bool:
+        return self.name == "bf16" and not rows.is_cuda
 
 
 FLOAT32 = Precision("float32", torch.float32, torch.float32)

@@ -292,6 +292,16 @@ class TestRounding:
         )
 
 
+class TestFewUnits:
+    def test_a_call_of_one_unit_is_compared_with_other_examples(self) -> None:
+        """
+        Its own size is its distance from the kink, which rounding does not follow.
+        """
+        x = torch.tensor([[1.0], [-2.0], [1e-9], [0.5]])
+
+        assert noted(F.relu, x).examples().tolist() == [2]
+
+
 class TestChanged:
     def test_only_an_example_on_another_side(self) -> None:
         """
@@ -309,34 +319,19 @@ class TestChanged:
         assert kinks.examples().tolist() == [1, 2]
         assert again.examples().tolist() == [1]
 
-    def test_a_pass_ends_with_the_last_unit_that_was_noted(self) -> None:
+    def test_what_was_not_seen_again_counts_as_changed(self) -> None:
         """
-        Nothing behind it is computed, and a network's own handling of errors does not see it.
+        A call that was not made, or of other units: where a network's path depends on its inputs.
         """
         x = inputs(TINY)
-        kinks = noted(lambda x: F.relu(F.relu(x) + 1), x)
-        reached = []
+        kinks = noted(F.relu, x)
 
-        with KinksAgain(kinks.calls, 3) as again:
-            try:
-                F.relu(x.double())
-                reached.append("behind")
-            except Exception:
-                reached.append("handled")
+        with KinksAgain(kinks.calls, 3) as missed:
+            x.double()
+        with KinksAgain(kinks.calls, 3) as other:
+            F.relu(x.double()[:, :1])
 
-        assert len(kinks.calls) == 2
-        assert not reached
-        assert again.examples().tolist() == []
-        assert F.relu(torch.tensor([[-1.0]])).tolist() == [[0.0]]
-
-    def test_an_error_of_the_network_is_raised(self) -> None:
-        """
-        Only the end of the pass is not.
-        """
-        kinks = noted(F.relu, inputs(TINY))
-
-        with pytest.raises(ZeroDivisionError), KinksAgain(kinks.calls, 3):
-            1 / 0  # noqa: B018
+        assert missed.examples().tolist() == other.examples().tolist() == [1]
 
 
 class Cancelling(nn.Module):

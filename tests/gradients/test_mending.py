@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distributed_stiffness.gradients import cosine_matrix
 from distributed_stiffness.gradients.gram import cosine
 from distributed_stiffness.gradients.kinks import Kinks
 from distributed_stiffness.gradients.mending import Doubtful, together
@@ -47,12 +51,11 @@ def test_those_near_a_kink_are_kept_with_their_places() -> None:
     assert found.places.tolist() == [11, 14]
     assert found.targets.tolist() == [1, 4]
     assert torch.equal(found.inputs, x[[1, 4]])
-    assert found.last_calls().tolist() == [1, 0]
 
 
 def test_passes_are_joined_and_cut_into_new_ones() -> None:
     """
-    Every example once, and none twice; those that are near a kink early come first.
+    Every example once, and none twice.
     """
     parts = [
         doubtful(examples({0: TINY, 3: TINY}, {2: TINY}), start=0),
@@ -63,27 +66,8 @@ def test_passes_are_joined_and_cut_into_new_ones() -> None:
     pieces = list(together(parts, 3))
 
     assert [piece.places.tolist() for piece in pieces] == [[0, 2, 3], [12, 13, 17]]
-    assert [piece.places.tolist() for piece in together(parts, 2)] == [[0, 3], [2, 12], [13, 17]]
+    assert [len(piece) for piece in together(parts, 4)] == [4, 2]
     assert list(together([], 3)) == []
-
-
-def test_one_call_is_enough_for_those_that_are_near_its_kink_alone() -> None:
-    """
-    The pass over them ends there.
-    """
-    early, late = together([doubtful(examples({0: TINY, 3: TINY}, {2: TINY}))], 2)
-    calls: list[int] = []
-
-    def run(inputs: Tensor, _: Tensor) -> None:
-        F.relu(inputs[:, 0])
-        calls.append(len(inputs))
-        two_calls(inputs)
-
-    early.on_the_wrong_side(run)
-    late.on_the_wrong_side(run)
-
-    assert early.places.tolist() == [0, 3]
-    assert calls == [1]
 
 
 def test_those_on_another_side_without_rounding_are_found() -> None:
@@ -115,9 +99,52 @@ def test_passes_that_made_other_calls_are_not_joined() -> None:
         F.relu(x[:, 0])
     other = Doubtful.of(kinks, x, torch.arange(len(x)), 6)
 
-    pieces = list(together([doubtful(x), other], 8))
+    with Kinks(len(x)) as kinks:
+        two_calls(x[:, :, :30])
+    shorter = Doubtful.of(kinks, x[:, :, :30], torch.arange(len(x)), 12)
 
-    assert [piece.places.tolist() for piece in pieces] == [[1], [7]]
+    pieces = list(together([doubtful(x), other, shorter], 8))
+
+    assert [piece.places.tolist() for piece in pieces] == [[1], [7], [13]]
+
+
+def test_a_network_without_kinks_is_not_copied() -> None:
+    """
+    In float64, for nothing.
+    """
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).eval()
+    gradients = PerExampleGradients(
+        model, "cross_entropy", (torch.randn(8, 4), torch.arange(8) % 3)
+    )
+
+    gradients.rows(torch.randn(8, 4), torch.arange(8) % 3)
+
+    assert "_in_float64" not in vars(gradients)
+
+
+def test_what_waits_is_let_go_with_every_window() -> None:
+    """
+    However many examples are near a kink.
+    """
+    model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3)).eval()
+    with torch.no_grad():
+        model[0].bias[0] = 0.0
+    x, y = torch.randn(40, 4), torch.arange(40) % 3
+    x[:, :] = 0.0  # on the kink, and few units: by chance
+    gradients = PerExampleGradients(model, "cross_entropy", (x[:8], y[:8]))
+    waiting: list[int] = []
+    mend = PerExampleGradients._mend
+
+    def counted(self: PerExampleGradients, made: Any, doubtful: Any, *rest: Any) -> None:
+        waiting.append(sum(map(len, doubtful)))
+        mend(self, made, doubtful, *rest)
+
+    with mock.patch.object(PerExampleGradients, "_mend", counted):
+        gradients.rows_of(
+            lambda some: (x[some], y[some]), slice(0, 40), batch=4, mended_together=16
+        )
+
+    assert waiting == [16, 16, 8]
 
 
 class Cancelling(nn.Module):
@@ -157,10 +184,62 @@ def test_rows_do_not_depend_on_how_examples_were_put_together(
 
     (rows,) = gradients.rows_of(read, slice(0, 23), batch=batch, mended_together=mended_together)
 
-    assert sum(asked) == 23 and max(asked) == min(batch, 23)
+    assert sum(asked) == 23
+    assert max(asked) == min(batch, 23)
     torch.testing.assert_close(cosine(rows, rows).double(), expected, atol=2e-6, rtol=0)
     (again,) = gradients.rows_of(
         read, slice(7, 23), batch=batch, mended_together=mended_together, into=[rows[7:]]
     )
     assert again.dense_NP.data_ptr() == rows[7:].dense_NP.data_ptr()
     torch.testing.assert_close(cosine(rows, rows).double(), expected, atol=2e-6, rtol=0)
+
+
+class Images(nn.Module):
+    """Has parameters of channels and places, and a unit as `Cancelling` has it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first, self.second = (nn.Conv2d(c, 8, 3, padding=1) for c in (3, 8))
+        shape = (8, 6, 6) if kind == "three dimensions" else (1, 8, 6, 6)
+        self.places = nn.Parameter(torch.randn(shape))
+        self.norm = nn.LayerNorm([8, 6, 6])
+        self.last = nn.Linear(8, 3)
+        with torch.no_grad():
+            self.last.weight[:, 0] = torch.tensor([9.0, -6.0, 3.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = {
+            "times": lambda: h * self.places,
+            "by torch.func": lambda: torch.atan2(h, self.places),
+            "normalised": lambda: self.norm(h),
+        }.get(self.kind, lambda: h + self.places)()
+        h = self.second(torch.tanh(h))
+        total = x.flatten(1).sum(1)[:, None, None, None]
+        big = total.abs() + 5
+        lost = (big + 3e-9) - big  # 0 in float32
+        unit = h[:, :1] - h[:, :1].detach() + lost - 1e-9 + (total > 0)
+        return self.last(F.relu(torch.cat([unit, h[:, 1:]], 1)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "kind", ["plus", "three dimensions", "times", "by torch.func", "normalised"]
+)
+@pytest.mark.filterwarnings("ignore:parameters .* are not used")
+def test_mended_rows_have_the_order_of_the_others(kind: str) -> None:
+    """
+    Passes in float32 keep channels last in memory on a CPU, those in float64 do not.
+    """
+    torch.manual_seed(0)
+    model = Images(kind).eval()
+    x, y = torch.randn(12, 3, 6, 6), torch.arange(12) % 3
+    names = [name for name, _ in model.named_parameters()]
+    expected = Reference(model, "cross_entropy", names).cosines(x, y, memory=10**8)
+
+    found = cosine_matrix(model, "cross_entropy", (x, y), check=False)
+
+    is_mended = x.flatten(1).sum(1) <= 0
+    assert is_mended.any()
+    assert not is_mended.all()
+    torch.testing.assert_close(torch.from_numpy(found.values).double(), expected, atol=2e-6, rtol=0)

@@ -55,6 +55,20 @@ def test_are_right_to_a_few_units_in_the_last_place(length: int, common: float) 
     torch.testing.assert_close(found.double(), X.double() @ Y.double().T, atol=6e-7, rtol=0)
 
 
+@pytest.mark.parametrize("n", [1, 127, 128, 129, 513])
+@pytest.mark.usefixtures("routine")
+def test_of_rows_with_themselves_are_made_once_and_mirrored(n: int) -> None:
+    """
+    Of any number of rows, also where strips do not divide it.
+    """
+    X = unit_rows(n, 300)
+
+    found = folded_product(X, X)
+
+    assert torch.equal(found, found.T)
+    torch.testing.assert_close(found.double(), X.double() @ X.double().T, atol=6e-7, rtol=0)
+
+
 @pytest.mark.usefixtures("routine")
 def test_do_not_depend_on_how_rows_lie() -> None:
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -861,3 +862,104 @@ class TestParametersInPlay:
 
         assert all(p.grad is None and p.dtype == torch.float32 for p in model.parameters())
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def own_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Unit gradients by autograd in float64, one example at a time."""
+    model = copy.deepcopy(model).double()
+    rows = []
+    for one, target in zip(x.double(), y, strict=True):
+        model.zero_grad()
+        F.cross_entropy(model(one.unsqueeze(0)), target.unsqueeze(0)).backward()
+        rows.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    return F.normalize(torch.stack(rows))
+
+
+class TestTheOrderOfARow:
+    """Rows of two passes are multiplied with each other, however each came about."""
+
+    def test_images_of_two_sizes(self):
+        """
+        For which different ways are the fastest to make a convolution's gradients.
+        """
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(5, 8, 3, padding=1),
+            nn.Tanh(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 3),
+        ).eval()
+        large, small, y = torch.randn(6, 5, 16, 16), torch.randn(6, 5, 8, 8), torch.arange(6) % 3
+
+        found = cosine_matrix(model, "cross_entropy", (large, y), (small, y), check=False)
+
+        expected = own_gradients(model, large, y) @ own_gradients(model, small, y).T
+        assert abs(torch.from_numpy(found.values) - expected).max() <= 2e-6
+
+    @pytest.mark.parametrize("precision", ["float32", "float64"])
+    def test_images_in_two_memory_formats(self, precision):
+        """
+        Of which torch makes results in the same.
+        """
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.LayerNorm([8, 6, 6]),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(288, 3),
+        ).eval()
+        x, y = torch.randn(6, 3, 6, 6), torch.arange(6) % 3
+        others = x.contiguous(memory_format=torch.channels_last)
+
+        found = cosine_matrix(
+            model, "cross_entropy", (x, y), (others, y), precision=precision, check=False
+        )
+
+        rows = own_gradients(model, x, y)
+        assert abs(torch.from_numpy(found.values) - rows @ rows.T).max() <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_network_keeps_its_memory(dtype):
+    """
+    Whatever precision it has, and however its weights lie.
+    """
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3)).eval()
+    model = model.to(dtype).to(memory_format=torch.channels_last)
+    before = [(p.data_ptr(), p.stride()) for p in model.parameters()]
+    x, y = torch.randn(8, 3, 8, 8, dtype=dtype), torch.arange(8) % 3
+
+    for precision in ("float32", "float64"):
+        PerExampleGradients(model, "cross_entropy", (x, y), precision=precision).rows(x, y)
+
+    assert [(p.data_ptr(), p.stride()) for p in model.parameters()] == before
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda d: nn.Conv2d(d, 6, 3, padding="same", dilation=2),
+        lambda d: nn.Conv2d(d, 6, (5, 3), stride=(2, 3), padding=(2, 0)),
+        lambda d: nn.ConvTranspose2d(6, d, 3, stride=2, output_padding=1),
+        lambda d: nn.Conv1d(d, 6, 4, stride=2, padding=1),
+        lambda d: nn.Conv3d(d, 6, (1, 2, 3)),
+    ],
+)
+def test_convolutions_of_few_channels(layer, channels):
+    """
+    As images have them, laid out by planes; and of one more.
+    """
+    torch.manual_seed(0)
+    convolution = layer(channels)
+    dims = convolution.weight.dim() - 2
+    x, y = torch.randn(5, convolution.in_channels, *[9, 8, 7][:dims]), torch.arange(5) % 3
+    model = nn.Sequential(convolution, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)).eval()
+    model(x)
+
+    found = cosine_matrix(model, "cross_entropy", (x, y), check=False)
+
+    rows = own_gradients(model, x, y)
+    assert abs(torch.from_numpy(found.values) - rows @ rows.T).max() <= 2e-6

@@ -11,7 +11,7 @@ number of groups; a transposed convolution is the same with input and D changed 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,23 +66,18 @@ class Convolution(Rule):
         if role == "bias":
             return grad_output.flatten(2).sum(2)
         image, D = self._image_and_grad(call, grad_output)
-        if self._takes_planes(call, image):
-            return self._by_planes(call, image, D)
-        if self._takes_steps(call, D):
-            return self._by_steps(call, image, D)
-        return self._by_patches(call, image, D)
+        return self._way(call, image, D)(call, image, D)
 
-    def _takes_planes(self, call: Call, image: Tensor) -> bool:
-        is_one_group = call.settings["groups"] == 1
-        return bool(image.shape[1] <= _CHANNELS_FOR_PLANES and is_one_group and not image.is_cuda)
-
-    def _takes_steps(self, call: Call, D: Tensor) -> bool:
+    def _way(
+        self, call: Call, image: Tensor, D: Tensor
+    ) -> Callable[[Call, Tensor, Tensor], Tensor]:
         settings = call.settings
-        return (
-            D.shape[2:].numel() >= _POSITIONS_FOR_STEPS
-            and settings["stride"][0] == settings["groups"] == 1
-            and not D.is_cuda
-        )
+        if settings["groups"] > 1 or D.is_cuda:
+            return self._by_patches
+        if image.shape[1] <= _CHANNELS_FOR_PLANES:
+            return self._by_planes
+        is_long = D.shape[2:].numel() >= _POSITIONS_FOR_STEPS
+        return self._by_steps if is_long and settings["stride"][0] == 1 else self._by_patches
 
     def covers_positions(self, call: Call) -> bool:
         """Groups would each have positions of their own."""
@@ -98,8 +93,8 @@ class Convolution(Rule):
         """Patches are copies."""
         image, D = self._image_and_grad(call, grad_output)
         first, *others = call.parameters["weight"].shape[2:]
-        is_whole = self._takes_planes(call, image) or not self._takes_steps(call, D)
-        copies = math.prod(others) * (first if is_whole else 1)
+        takes_steps = self._way(call, image, D) == self._by_steps
+        copies = math.prod(others) * (1 if takes_steps else first)
         return D.shape[2:].numel() * copies * image.shape[1]
 
     def making_work(self, role: str, call: Call, output: Sequence[int]) -> int:
