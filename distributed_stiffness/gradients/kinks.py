@@ -163,6 +163,10 @@ class Kinks(TorchFunctionMode):
 class KinksAgain(Kinks):
     """Look again, in another pass, at units that were noted.
 
+    Behind the last of them what the network computes is of no use: there its layers, of which one
+    example tells the shape, give zeros. (To end the pass there would leave a network untidy that
+    tidies up at its end.)
+
     Args:
         calls: what was noted of the examples of this pass.
         n: examples.
@@ -170,8 +174,30 @@ class KinksAgain(Kinks):
 
     def __init__(self, calls: Sequence[Near | None], n: int) -> None:
         super().__init__(n)
-        self._noted = list(reversed(calls))  # the next one last
+        self._noted = list(calls)
+        while self._noted and (self._noted[-1] is None or not len(self._noted[-1].examples)):
+            self._noted.pop()
+        self._noted.reverse()  # the next one last
         self._changed: list[Tensor] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Make the call; of a layer behind the last unit that was noted, zeros."""
+        is_of_all = bool(args) and isinstance(args[0], Tensor) and self._is_watched(args[0])
+        if not self._noted and func in _LAYERS and is_of_all:
+            one = func(args[0][:1], *args[1:], **(kwargs or {}))
+            return one.new_zeros(self.n, *one.shape[1:])
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def __exit__(self, kind: type[BaseException] | None, *raised: Any) -> bool:
+        """Leave the mode. An error that zeros may have led to is none."""
+        super().__exit__(kind, *raised)  # type: ignore[no-untyped-call]
+        return kind is not None and issubclass(kind, Exception) and not self._noted
 
     def _look(self, sides: Sides) -> None:
         noted = self._noted.pop() if self._noted else None
@@ -239,6 +265,9 @@ class Rounding(Kinks):
         Nothing where the two passes made different calls: whose they were is not known.
         """
         return tuple(self._moved) if len(self._moved) == len(self._rounded) else ()
+
+
+_LAYERS = (F.linear, F.batch_norm, *(getattr(torch, f"conv{k}d") for k in (1, 2, 3)))
 
 
 def _distances(sides: Sides) -> Tensor:

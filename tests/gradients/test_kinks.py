@@ -334,6 +334,69 @@ class TestChanged:
         assert missed.examples().tolist() == other.examples().tolist() == [1]
 
 
+class TestBehindTheLastUnit:
+    def test_layers_give_zeros(self) -> None:
+        """
+        Of the shape of their outputs; what lies before is computed.
+        """
+        x = inputs(TINY)
+        kinks = noted(F.relu, x)
+        layer, head = nn.Conv2d(2, 5, 3, padding="same"), nn.Linear(8, 3)
+
+        with KinksAgain(kinks.calls, 3):
+            before = head(x)
+            F.relu(x)
+            behind, last = layer(x), head(x)
+
+        assert before.any()
+        assert behind.shape == (3, 5, 8, 8)
+        assert last.shape == (3, 2, 8, 3)
+        assert not behind.any()
+        assert not last.any()
+        assert layer(x).any()
+
+    def test_errors_of_the_network_count_before_it_alone(self) -> None:
+        """
+        Zeros may lead to some.
+        """
+        x = inputs(TINY)
+        kinks = noted(F.relu, x)
+
+        with pytest.raises(ZeroDivisionError), KinksAgain(kinks.calls, 3):
+            1 / 0  # noqa: B018
+        with KinksAgain(kinks.calls, 3) as again:
+            F.relu(x)
+            1 / 0  # noqa: B018
+
+        assert again.examples().tolist() == []
+
+    def test_a_network_that_tidies_up_at_its_end_does(self) -> None:
+        """
+        So that the next pass finds it as the last one did.
+        """
+
+        class Keeping(Cancelling):
+            def forward(self, x: Tensor) -> Tensor:
+                assert not kept
+                kept.append(x)
+                outputs = super().forward(x)
+                kept.clear()
+                return outputs
+
+        kept: list[Tensor] = []
+        torch.manual_seed(0)
+        x, y = 1 + torch.rand(12, 4), torch.arange(12) % 3
+        model = Keeping().eval()
+
+        found = cosine_matrix(model, "cross_entropy", (x, y), check=False)
+
+        names = [name for name, _ in model.named_parameters()]
+        expected = Reference(model, "cross_entropy", names).cosines(x, y, memory=10**8)
+        torch.testing.assert_close(
+            torch.from_numpy(found.values).double(), expected, atol=2e-6, rtol=0
+        )
+
+
 class Cancelling(nn.Module):
     """Its first unit is 2e-9 in real numbers and -1e-9 in float32, whatever its weights are."""
 
