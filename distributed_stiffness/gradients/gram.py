@@ -21,8 +21,9 @@ from distributed_stiffness.tiling import pieces
 
 # Products of positions with positions are made for so many pairs that they stay in the cache.
 _PRODUCTS_IN_CACHE = {"cpu": 2**20, "cuda": 2**26}
-# A block is multiplied with itself in strips of so many columns: what lies below their squares on
-# the diagonal is not made.
+# A block of up to four strips, each of so many columns, is multiplied with itself strip by strip:
+# what is below their squares on the diagonal is not made. A larger one is halved.
+_STRIPS = 4
 _STRIP, _STRIP_CUDA, _STRIP_OF_FACTORS = 128, 1024, 512
 # Short sums that are added up before they meet the total.
 _SUMS = 64
@@ -347,15 +348,28 @@ def _fold(
 
 
 def _blocks(n: int, m: int, width: int, *, symmetric: bool) -> Iterator[tuple[slice, slice]]:
-    """Cut a matrix into blocks: itself; or, of a symmetric one, strips down to the diagonal.
-
-    A product lays out its right operand anew: many rows by few columns run faster than squares.
-    """
-    if not symmetric:
-        yield slice(0, n), slice(0, m)
+    """Cut a matrix into blocks: itself; or, of a symmetric one, those of the upper triangle."""
+    if symmetric:
+        yield from _upper_blocks(slice(0, n), width)
     else:
-        for left in pieces(slice(0, n), width):
-            yield slice(0, left.stop), left
+        yield slice(0, n), slice(0, m)
+
+
+def _upper_blocks(rows: slice, width: int) -> Iterator[tuple[slice, slice]]:
+    """Halve the square, whose upper right quarter is a block; cut small ones into strips.
+
+    oneDNN lays out the right operand of every product anew, and likes many rows by few columns; MKL
+    likes large squares.
+    """
+    if rows.stop - rows.start <= _STRIPS * width:
+        for left in pieces(rows, width):
+            yield slice(rows.start, left.stop), left
+        return
+    middle = (rows.start + rows.stop) // 2
+    first, second = slice(rows.start, middle), slice(middle, rows.stop)
+    yield from _upper_blocks(first, width)
+    yield first, second
+    yield from _upper_blocks(second, width)
 
 
 def _mirror(matrix: Tensor) -> Tensor:
