@@ -1,10 +1,12 @@
-"""Networks that tests name as `networks:factory`."""
+"""Networks of the tests; some are named as `networks:factory`."""
 
 from __future__ import annotations
 
 import math
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def three_outputs(input_shape: tuple[int, ...]) -> nn.Module:
@@ -20,3 +22,21 @@ def few_units(input_shape: tuple[int, ...], n_classes: int) -> nn.Module:
         nn.ReLU(),
         nn.Linear(3, n_classes, bias=False),
     )
+
+
+class Cancelling(nn.Module):
+    """Its first unit is 2e-9 in real numbers and -1e-9 in float32, whatever its weights are.
+
+    But for inputs whose sum is beyond a number: there it is near 1.
+    """
+
+    def __init__(self, far_beyond: float = math.inf) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 64), nn.Linear(64, 3)
+        self.far_beyond = far_beyond
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, big = self.first(x), x.sum(1, keepdim=True)
+        lost = (big + 3e-9) - big  # 0 in float32
+        unit = z[:, :1] - z[:, :1].detach() + lost - 1e-9 + (big > self.far_beyond)
+        return self.last(F.relu(torch.cat([unit, z[:, 1:]], 1)))

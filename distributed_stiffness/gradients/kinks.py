@@ -188,8 +188,8 @@ class KinksAgain(Kinks):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Make the call; of a layer behind the last unit that was noted, zeros."""
-        is_of_all = bool(args) and isinstance(args[0], Tensor) and self._is_watched(args[0])
-        if not self._noted and func in _LAYERS and is_of_all:
+        is_behind = not self._noted and func in _LAYERS and bool(args)
+        if is_behind and isinstance(args[0], Tensor) and self._is_watched(args[0]):
             one = func(args[0][:1], *args[1:], **(kwargs or {}))
             return one.new_zeros(self.n, *one.shape[1:])
         return super().__torch_function__(func, types, args, kwargs)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from networks import Cancelling
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -395,20 +396,6 @@ class TestBehindTheLastUnit:
         torch.testing.assert_close(
             torch.from_numpy(found.values).double(), expected, atol=2e-6, rtol=0
         )
-
-
-class Cancelling(nn.Module):
-    """Its first unit is 2e-9 in real numbers and -1e-9 in float32, whatever its weights are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(4, 64), nn.Linear(64, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z, big = self.first(x), x.sum(1, keepdim=True)
-        lost = (big + 3e-9) - big  # 0 in float32
-        unit = z[:, :1] - z[:, :1].detach() + lost - 1e-9
-        return self.last(F.relu(torch.cat([unit, z[:, 1:]], 1)))
 
 
 class TestCosines:

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from networks import Cancelling
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -129,8 +130,7 @@ def test_what_waits_is_let_go_with_every_window() -> None:
     model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3)).eval()
     with torch.no_grad():
         model[0].bias[0] = 0.0
-    x, y = torch.randn(40, 4), torch.arange(40) % 3
-    x[:, :] = 0.0  # on the kink, and few units: by chance
+    x, y = torch.zeros(40, 4), torch.arange(40) % 3  # one unit is on the kink: by chance
     gradients = PerExampleGradients(model, "cross_entropy", (x[:8], y[:8]))
     waiting: list[int] = []
     mend = PerExampleGradients._mend
@@ -147,20 +147,6 @@ def test_what_waits_is_let_go_with_every_window() -> None:
     assert waiting == [16, 16, 8]
 
 
-class Cancelling(nn.Module):
-    """Its first unit is 2e-9 in real numbers and -1e-9 in float32, for a part of the examples."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(4, 64), nn.Linear(64, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z, big = self.first(x), x.sum(1, keepdim=True)
-        lost = (big + 3e-9) - big  # 0 in float32
-        unit = z[:, :1] - z[:, :1].detach() + lost - 1e-9 + (big > 6)
-        return self.last(F.relu(torch.cat([unit, z[:, 1:]], 1)))
-
-
 @pytest.mark.parametrize(("batch", "mended_together"), [(23, 23), (4, 8), (4, 1), (5, 100)])
 def test_rows_do_not_depend_on_how_examples_were_put_together(
     batch: int, mended_together: int
@@ -169,7 +155,7 @@ def test_rows_do_not_depend_on_how_examples_were_put_together(
     Of batches that do not divide their number, with rows mended by batches or all at once.
     """
     torch.manual_seed(0)
-    model = Cancelling().eval()
+    model = Cancelling(far_beyond=6).eval()
     with torch.no_grad():
         model.last.weight[:, 0] = torch.tensor([3.0, -2.0, 1.0])
     x, y = 1 + torch.rand(23, 4), torch.arange(23) % 3

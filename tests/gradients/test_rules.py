@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -864,15 +863,9 @@ class TestParametersInPlay:
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def own_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Unit gradients by autograd in float64, one example at a time."""
-    model = copy.deepcopy(model).double()
-    rows = []
-    for one, target in zip(x.double(), y, strict=True):
-        model.zero_grad()
-        F.cross_entropy(model(one.unsqueeze(0)), target.unsqueeze(0)).backward()
-        rows.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    return F.normalize(torch.stack(rows))
+def unit_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    gradients = reference.per_example_gradients(model, reference.cross_entropy, x, y)
+    return reference.unit(reference.flat(gradients))
 
 
 class TestTheOrderOfARow:
@@ -894,7 +887,7 @@ class TestTheOrderOfARow:
 
         found = cosine_matrix(model, "cross_entropy", (large, y), (small, y), check=False)
 
-        expected = own_gradients(model, large, y) @ own_gradients(model, small, y).T
+        expected = unit_gradients(model, large, y) @ unit_gradients(model, small, y).T
         assert abs(torch.from_numpy(found.values) - expected).max() <= 2e-6
 
     @pytest.mark.parametrize("precision", ["float32", "float64"])
@@ -917,8 +910,8 @@ class TestTheOrderOfARow:
             model, "cross_entropy", (x, y), (others, y), precision=precision, check=False
         )
 
-        rows = own_gradients(model, x, y)
-        assert abs(torch.from_numpy(found.values) - rows @ rows.T).max() <= 2e-6
+        expected = reference.cosine_matrix(model, reference.cross_entropy, x, y)
+        assert abs(torch.from_numpy(found.values) - expected).max() <= 2e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -961,5 +954,5 @@ def test_convolutions_of_few_channels(layer, channels):
 
     found = cosine_matrix(model, "cross_entropy", (x, y), check=False)
 
-    rows = own_gradients(model, x, y)
-    assert abs(torch.from_numpy(found.values) - rows @ rows.T).max() <= 2e-6
+    expected = reference.cosine_matrix(model, reference.cross_entropy, x, y)
+    assert abs(torch.from_numpy(found.values) - expected).max() <= 2e-6
