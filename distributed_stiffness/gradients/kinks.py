@@ -13,7 +13,9 @@ which examples any is on another side (mending.py).
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +27,6 @@ from torch.overrides import TorchFunctionMode
 
 from distributed_stiffness.gradients.nearest import (
     Nearest,
-    in_memory_order,
     is_for_loops,
     nearest,
     nearest_pairs,
@@ -39,9 +40,6 @@ FARTHEST = 3.0
 # What rounding moves units by is measured, as a share of their size: 1e-7 in the first layer of a
 # network, 7e-7 in the last of ResNet-20, 3e-6 in that of ResNet-18.
 _LEAST = 6e-8  # it is never taken to be less: half of a float32's last place
-# So many units of an example may be exactly at a kink by chance, as where a sum cancels; more are
-# so by construction, in every precision: a region that is black, a channel that is dead.
-FEW = 8
 _FEW_UNITS = 16
 
 
@@ -290,18 +288,16 @@ def near(sides: Sides, moved: Moved) -> Near:
     units, which all may be near the kink, at least that of all examples.
     """
     shape, weight = tuple(sides.shape), moved.of_units(sides.shape)
-    found = sides.nearest(weight)
-    units = in_memory_order(sides.x)
-    size = torch.linalg.vector_norm(units, dim=1) / max(1, units.shape[1]) ** 0.5
-    if units.shape[1] < _FEW_UNITS:
+    distance, size = sides.nearest(weight)
+    if math.prod(sides.x.shape[1:]) < _FEW_UNITS:
         size = size.clamp(min=float(size.square().mean().sqrt()))
     limit = FARTHEST * moved.most * size
-    by_chance = (found.on_it > 0) & (found.on_it <= FEW)
-    rows = ((found.distance < limit) | by_chance).nonzero().flatten()
+    rows = (distance < limit).nonzero().flatten()
     if not len(rows):
         return Near(shape, *(torch.empty(0, dtype=torch.int64) for _ in range(3)))
     part = (sides.distance(rows).abs() * weight).flatten(1)
-    is_near = (part < limit[rows, None]) & ((part > 0) | by_chance[rows, None])
+    by_chance = distance[rows, None] == 0
+    is_near = (part < limit[rows, None]) & ((part > 0) | by_chance)
     row, units = is_near.nonzero().unbind(1)
     return Near(shape, *(t.cpu() for t in (rows[row], units, sides.of(rows)[row, units])))
 
@@ -314,7 +310,7 @@ def _at(kink: float | Tensor, x: Tensor) -> Sides:
     return Sides(
         x,
         distance.shape[1:],
-        lambda weight: nearest(distance, weight),
+        lambda weight: nearest(x, distance, weight),
         lambda rows: distance[rows],
         lambda rows: (distance[rows] > 0).long().flatten(1),
     )
@@ -359,7 +355,7 @@ def _largest(
     )
     settings = (size, step, room, spread, ceil_mode)
     places = torch._C._nn.max_pool2d_with_indices
-    windows = places(x[:1, :1], *settings)[0].shape[2:]
+    windows = _windows((x.shape[2], x.shape[3]), *settings)
     # The last window may reach beyond the image.
     reach = [
         (windows[k] - 1) * step[k] + (size[k] - 1) * spread[k] + 1 - x.shape[2 + k] for k in (0, 1)
@@ -385,12 +381,19 @@ def _largest(
     def all_nearest(weight: Tensor) -> Nearest:
         if is_for_loops(x) and not any(margins) and spread == (1, 1) and size != (1, 1):
             return nearest_pairs(x, weight, size, step)
-        return nearest(gap(x), weight)
+        return nearest(x, gap(x), weight)
 
     def which(rows: Tensor) -> Tensor:
         return places(x[rows], *settings)[1].flatten(1)
 
     return [Sides(x, (x.shape[1], *windows), all_nearest, lambda rows: gap(x[rows]), which)]
+
+
+@functools.cache
+def _windows(image: tuple[int, int], *settings: Any) -> tuple[int, int]:
+    """Return how many windows of max-pooling an image has, down and right."""
+    down, right = F.max_pool2d(torch.empty(1, 1, *image), *settings).shape[2:]
+    return down, right
 
 
 _KINKS: dict[Callable[..., Any], Callable[..., list[Sides]]] = {

@@ -16,15 +16,19 @@ from torch import Tensor
 
 from distributed_stiffness.threads import in_threads
 
-_WORTH_A_THREAD = 2**20  # numbers
+# So many units of an example may be exactly at a kink by chance, as where a sum cancels; more are
+# so by construction, in every precision: a region that is black, a channel that is dead.
+FEW = 8
+_WORTH_A_THREAD = 2**21  # numbers
 _TINY = np.finfo(np.float32).tiny
 
 
 class Nearest(NamedTuple):
-    """How near the units of each example come to a kink, but for those that are on it."""
+    """How near the units of each example come to a kink."""
 
-    distance: Tensor  # (N,) the smallest weighted one that is not 0; infinite where there is none
-    on_it: Tensor  # (N,) int32, units
+    # (N,) the smallest weighted one; of more than `FEW` units that are on the kink none counts.
+    distance: Tensor  # infinite where none is left
+    size: Tensor  # (N,) root mean square of the units, which say what rounding is
 
 
 def is_for_loops(x: Tensor) -> bool:
@@ -32,16 +36,21 @@ def is_for_loops(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def nearest(distance: Tensor, weight: Tensor) -> Nearest:
-    """Look at distances (N, …), in any memory format, each times the weight of its unit (…)."""
+def nearest(x: Tensor, distance: Tensor, weight: Tensor) -> Nearest:
+    """Look at distances (N, …), in any memory format, each times the weight of its unit (…).
+
+    `x` are the units that they are distances of, or the same tensor.
+    """
     if not is_for_loops(distance):
-        size = (distance.abs() * weight).flatten(1)
-        on_it = size == 0
-        return Nearest(size.masked_fill(on_it, math.inf).amin(1), on_it.sum(1, dtype=torch.int32))
+        weighted = (distance.abs() * weight).flatten(1)
+        on_it = weighted == 0
+        many = on_it.sum(1, keepdim=True) > FEW
+        return Nearest(weighted.masked_fill(on_it & many, math.inf).amin(1), _size(x))
     units = in_memory_order(distance.detach()).numpy()
     order = [axis - 1 for axis in _memory_order(distance)]
     weights = weight.expand(distance.shape[1:]).permute(order).flatten().numpy()
-    return _found(units, lambda some, *found: _nearest(units[some], weights, *found))
+    found = _found(units, lambda some, *found: _nearest(units[some], weights, *found))
+    return found if x is distance else Nearest(found.distance, _size(x))
 
 
 def nearest_pairs(
@@ -55,20 +64,29 @@ def nearest_pairs(
     """
     images = x.detach().permute(0, 2, 3, 1).contiguous().numpy()
     windows = [(x.shape[2 + k] - size[k]) // step[k] + 1 for k in (0, 1)]
-    weights = weight.expand(x.shape[1], *windows).permute(1, 2, 0).contiguous().numpy()
+    # Of every column: where no window begins the distance is infinite, or no number.
+    weights = np.full((windows[0], x.shape[3], x.shape[1]), np.inf, np.float32)
+    begin = slice(0, windows[1] * step[1], step[1])
+    weights[:, begin] = weight.expand(x.shape[1], *windows).permute(1, 2, 0).numpy()
     return _found(
-        images, lambda some, *found: _nearest_pairs(images[some], weights, *size, *step, *found)
+        images, lambda some, *found: _nearest_pairs(images[some], weights, *size, step[0], *found)
     )
 
 
 def _found(examples: np.ndarray, look: Callable[..., None]) -> Nearest:
-    """Look at all; `look` writes the bits of the smallest distance, less 1, and how many are 0."""
-    n = len(examples)
-    smallest, on_it = np.empty(n, np.uint32), np.empty(n, np.uint32)
-    at_least = max(1, _WORTH_A_THREAD // max(1, examples[:1].size))
-    in_threads(lambda some: look(some, smallest[some], on_it[some]), n, at_least=at_least)
-    distance = np.where(smallest == _NONE, np.float32(np.inf), (smallest + _ONE).view(np.float32))
-    return Nearest(torch.from_numpy(distance), torch.from_numpy(on_it.astype(np.int32)))
+    """Look at all; `look` writes the bits of the smallest distance, and the sum of squares."""
+    n, numbers = len(examples), examples[:1].size
+    bits, square = np.empty(n, np.uint32), np.empty(n, np.float64)
+    at_least = max(1, _WORTH_A_THREAD // max(1, numbers))
+    in_threads(lambda some: look(some, bits[some], square[some]), n, at_least=at_least)
+    size = np.sqrt(square / max(1, numbers)).astype(np.float32)
+    return Nearest(torch.from_numpy(bits.view(np.float32)), torch.from_numpy(size))
+
+
+def _size(x: Tensor) -> Tensor:
+    units = in_memory_order(x)
+    norm: Tensor = torch.linalg.vector_norm(units, dim=1)
+    return norm / max(1, units.shape[1]) ** 0.5
 
 
 def in_memory_order(units: Tensor) -> Tensor:
@@ -84,6 +102,7 @@ def _memory_order(units: Tensor) -> list[int]:
 # largest of all and infinity stays below it: smallest numbers are found among integers, several
 # at a time, which the rules of floating point forbid.
 _SIZE, _ONE, _NONE = np.uint32(0x7FFFFFFF), np.uint32(1), np.uint32(0xFFFFFFFF)
+_INFINITY = np.uint32(0x7F800000)
 
 
 _BLOCK = 2048  # weighted distances that stay in the first cache until they are compared
@@ -91,12 +110,12 @@ _BLOCK = 2048  # weighted distances that stay in the first cache until they are 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _nearest(
-    units: np.ndarray, weight: np.ndarray, smallest: np.ndarray, on_it: np.ndarray
+    units: np.ndarray, weight: np.ndarray, smallest: np.ndarray, square: np.ndarray
 ) -> None:
     weighted = np.empty(_BLOCK, np.float32)
     bits = weighted.view(np.uint32)
     for i in range(units.shape[0]):
-        row, least, zeros = units[i], _NONE, np.uint32(0)
+        row, least, zeros, total = units[i], _NONE, np.uint32(0), 0.0
         for start in range(0, row.shape[0], _BLOCK):
             # Slices: an index that is a sum may be negative, and then nothing is done in parallel.
             some, weights = row[start : start + _BLOCK], weight[start : start + _BLOCK]
@@ -107,7 +126,8 @@ def _nearest(
                 size = sizes[j] & _SIZE
                 zeros += np.uint32(size == 0)
                 least = min(least, np.uint32(size - _ONE))
-        smallest[i], on_it[i] = least, zeros
+            total += _sum_of_squares(some)
+        smallest[i], square[i] = _distance(least, zeros), total
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -117,64 +137,93 @@ def _nearest_pairs(
     height: int,
     width: int,
     down: int,
-    right: int,
     smallest: np.ndarray,
-    on_it: np.ndarray,
+    square: np.ndarray,
 ) -> None:
     n, H, W, C = images.shape
-    h, w = weight.shape[:2]
-    lines, weights = images.reshape(n, H, W * C), weight.reshape(h, w * C)
-    # The largest and the second of each column under a line of windows, then of each window. Loops
-    # run over whole arrays that are made here: of a part of one, or of an argument, the compiler
-    # does not know that it overlaps no other, and does one number at a time.
-    tops, seconds = np.empty((W, C), np.float32), np.empty((W, C), np.float32)
-    top, second = np.empty((w, C), np.float32), np.empty((w, C), np.float32)
-    all_tops, all_seconds = tops.reshape(W * C), seconds.reshape(W * C)
-    all_top, all_second = top.reshape(w * C), second.reshape(w * C)
-    gap = np.empty(w * C, np.float32)
-    bits = gap.view(np.uint32)
+    length = W * C
+    lines, weights = images.reshape(n, H, length), weight.reshape(-1, length)
+    # Of a line of windows, of which one begins at every column: the largest and the second of what
+    # lies under each column, then of each window but for its last column.
+    tops = np.zeros(length + width * C, np.float32)
+    seconds = np.zeros_like(tops)
+    top, second = tops, seconds
+    if width > 2:
+        top, second = np.empty(length, np.float32), np.empty(length, np.float32)
+    nothing = np.full(length, np.float32(-np.inf))
+    gaps = np.empty(length, np.float32)
+    bits = gaps.view(np.uint32)
     for i in range(n):
-        least, zeros = _NONE, np.uint32(0)
-        for y in range(h):
-            line, weights_of_line = lines[i, y * down], weights[y]
-            for j in range(W * C):
-                all_tops[j], all_seconds[j] = line[j], -np.inf
-            for k in range(1, height):
-                line = lines[i, y * down + k]
-                for j in range(W * C):
-                    value, largest = line[j], all_tops[j]
-                    other = value if value < largest else largest
-                    all_seconds[j] = other if other > all_seconds[j] else all_seconds[j]
-                    all_tops[j] = value if value > largest else largest
-            _across(tops, seconds, width, right, top, second)
-            for j in range(w * C):
-                difference = (all_top[j] - all_second[j]) * weights_of_line[j]
-                gap[j] = _TINY if (difference == 0) & (all_top[j] != 0) else difference
-            for j in range(w * C):
-                zeros += np.uint32(bits[j] == 0)
-                least = min(least, np.uint32(bits[j] - _ONE))
-        smallest[i], on_it[i] = least, zeros
+        least, zeros, total = _NONE, np.uint32(0), 0.0
+        for y in range(H):
+            total += _sum_of_squares(lines[i, y])
+        for y in range(weights.shape[0]):
+            line = lines[i, y * down]
+            other = lines[i, y * down + 1] if height > 1 else nothing
+            for j in range(length):
+                is_larger = line[j] > other[j]
+                tops[j] = line[j] if is_larger else other[j]
+                seconds[j] = other[j] if is_larger else line[j]
+            for k in range(2, height):
+                _add(lines[i, y * down + k], nothing, tops, seconds)
+            if width > 2:
+                for j in range(length):  # several times as fast as to assign a slice
+                    top[j], second[j] = tops[j], seconds[j]
+                for k in range(1, width - 1):
+                    _add(tops[k * C :][:length], seconds[k * C :], top, second)
+            last_tops = tops[(width - 1) * C :] if width > 1 else nothing
+            last_seconds = seconds[(width - 1) * C :] if width > 1 else nothing
+            _gaps(top, second, last_tops, last_seconds, weights[y], gaps)
+            for j in range(length):
+                size = bits[j] & _SIZE
+                zeros += np.uint32(size == 0)
+                least = min(least, np.uint32(size - _ONE))
+        smallest[i], square[i] = _distance(least, zeros), total
 
 
-@njit(nogil=True, inline="always")  # type: ignore[untyped-decorator]
-def _across(
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def _add(more: np.ndarray, more_seconds: np.ndarray, tops: np.ndarray, seconds: np.ndarray) -> None:
+    """Bring in the largest of more numbers, and the second of them."""
+    for j in range(more.shape[0]):
+        value, largest = more[j], tops[j]
+        second = more_seconds[j] if more_seconds[j] > seconds[j] else seconds[j]
+        other = value if value < largest else largest
+        seconds[j] = other if other > second else second
+        tops[j] = value if value > largest else largest
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def _gaps(
     tops: np.ndarray,
     seconds: np.ndarray,
-    width: int,
-    right: int,
-    top: np.ndarray,
-    second: np.ndarray,
+    more: np.ndarray,
+    more_seconds: np.ndarray,
+    weights: np.ndarray,
+    gaps: np.ndarray,
 ) -> None:
-    for x in range(top.shape[0]):
-        first = x * right
-        for c in range(top.shape[1]):
-            top[x, c] = tops[first, c]
-            second[x, c] = seconds[first, c]
-        for k in range(1, width):
-            for c in range(top.shape[1]):
-                value, largest = tops[first + k, c], top[x, c]
-                other = value if value < largest else largest
-                below = seconds[first + k, c]
-                below = below if below > second[x, c] else second[x, c]
-                second[x, c] = other if other > below else below
-                top[x, c] = value if value > largest else largest
+    """As `_add`; then write the weighted difference."""
+    for j in range(gaps.shape[0]):
+        value, largest = more[j], tops[j]
+        second = more_seconds[j] if more_seconds[j] > seconds[j] else seconds[j]
+        other = value if value < largest else largest
+        second = other if other > second else second
+        top = value if value > largest else largest
+        gap = (top - second) * weights[j]
+        gaps[j] = _TINY if (gap == 0) & (top != 0) else gap
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def _distance(least: np.uint32, zeros: np.uint32) -> np.uint32:
+    """Return the bits of the distance that counts."""
+    if 0 < zeros <= FEW:
+        return np.uint32(0)
+    return np.uint32(least + _ONE) if least < _INFINITY else _INFINITY
+
+
+# Several sums at a time, which the order of floating point forbids.
+@njit(nogil=True, fastmath={"reassoc"})  # type: ignore[untyped-decorator]
+def _sum_of_squares(numbers: np.ndarray) -> np.float32:
+    total = np.float32(0)
+    for j in range(numbers.shape[0]):
+        total += numbers[j] * numbers[j]
+    return total
