@@ -433,10 +433,10 @@ class PerExampleGradients:
     def _at_a_time(self, name: str, found: _Found) -> int:
         """Examples whose gradients of one parameter are made together."""
         uses = list(found.of(name, self.recipe))
-        if not all(one.divisible for one in uses):
+        if not all(one.divisible for _, one in uses):
             return found.done.n
         numbers = self.parameters[name].numel()
-        numbers += sum(one.rule.scratch(one.call, one.grad_output) for one in uses)
+        numbers += sum(one.rule.scratch(role, one.call, one.grad_output) for role, one in uses)
         room = _BYTES_AT_A_TIME["cuda" if self.device.type == "cuda" else "cpu"]
         most = max(1, room // (numbers * self.precision.network.itemsize))
         return math.ceil(found.done.n / math.ceil(found.done.n / most))
@@ -625,10 +625,10 @@ class _Found:
     captured: Mapping[str, list[tuple[str, Captured]]]  # source -> (role, use)
     functions: Mapping[str, Tensor]  # what went through torch.func or one by one
 
-    def of(self, name: str, recipe: Recipe) -> Iterator[Captured]:
-        """Every use of a parameter, direct or through a tensor made of it."""
+    def of(self, name: str, recipe: Recipe) -> Iterator[tuple[str, Captured]]:
+        """Every role and use of a parameter, direct or through a tensor made of it."""
         for source in (name, *recipe.through.get(name, ())):
-            yield from (one for _, one in self.captured.get(source, ()))
+            yield from self.captured.get(source, ())
 
 
 def _joined(positions: Sequence[Positions]) -> tuple[Tensor, Tensor]:

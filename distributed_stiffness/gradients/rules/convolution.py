@@ -89,8 +89,10 @@ class Convolution(Rule):
         patches = self._patches(call, self._padded(call, image), D)
         return Positions(D.flatten(2).transpose(1, 2), patches.flatten(2))
 
-    def scratch(self, call: Call, grad_output: Tensor) -> int:
+    def scratch(self, role: str, call: Call, grad_output: Tensor) -> int:
         """Patches are copies."""
+        if role == "bias":
+            return 0
         image, D = self._image_and_grad(call, grad_output)
         first, *others = call.parameters["weight"].shape[2:]
         takes_steps = self._way(call, image, D) == self._by_steps

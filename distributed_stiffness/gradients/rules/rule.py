@@ -102,8 +102,8 @@ class Rule(ABC):
         """Multiply-adds of a parameter's gradients, for all examples in an output of this shape."""
         return math.prod(output)
 
-    def scratch(self, call: Call, grad_output: Tensor) -> int:  # noqa: ARG002
-        """Numbers that one example takes beside its gradient while that is made."""
+    def scratch(self, role: str, call: Call, grad_output: Tensor) -> int:  # noqa: ARG002
+        """Numbers that one example takes beside a parameter's gradient while that is made."""
         return 0
 
 
