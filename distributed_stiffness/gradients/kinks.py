@@ -40,7 +40,7 @@ FARTHEST = 3.0
 # What rounding moves units by is measured, as a share of their size: 1e-7 in the first layer of a
 # network, 7e-7 in the last of ResNet-20, 3e-6 in that of ResNet-18.
 _LEAST = 6e-8  # it is never taken to be less: half of a float32's last place
-_FEW_UNITS = 16
+_FEW_UNITS = 16  # of which all may be near a kink: their size alone says nothing of rounding
 
 
 @dataclass(frozen=True)

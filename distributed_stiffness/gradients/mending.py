@@ -44,6 +44,8 @@ class Doubtful:
         place[chosen] = torch.arange(len(chosen))
 
         def of_chosen(near: Near) -> Near:
+            if not len(near.examples):
+                return near
             examples = place[near.examples]
             kept = examples >= 0
             return Near(near.shape, examples[kept], near.units[kept], near.sides[kept])

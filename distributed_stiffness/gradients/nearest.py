@@ -24,11 +24,13 @@ _TINY = np.finfo(np.float32).tiny
 
 
 class Nearest(NamedTuple):
-    """How near the units of each example come to a kink."""
+    """How near the units of each example come to a kink.
 
-    # (N,) the smallest weighted one; of more than `FEW` units that are on the kink none counts.
-    distance: Tensor  # infinite where none is left
-    size: Tensor  # (N,) root mean square of the units, which say what rounding is
+    Where more than `FEW` of them are on it, these do not count.
+    """
+
+    distance: Tensor  # (N,) the smallest weighted one; infinite where none counts
+    size: Tensor  # (N,) root mean square of the units, which says what rounding is
 
 
 def is_for_loops(x: Tensor) -> bool:
@@ -39,7 +41,7 @@ def is_for_loops(x: Tensor) -> bool:
 def nearest(x: Tensor, distance: Tensor, weight: Tensor) -> Nearest:
     """Look at distances (N, …), in any memory format, each times the weight of its unit (…).
 
-    `x` are the units that they are distances of, or the same tensor.
+    `x` are the units that they are the distances of; the same tensor where the kink is at 0.
     """
     if not is_for_loops(distance):
         weighted = (distance.abs() * weight).flatten(1)
@@ -85,8 +87,8 @@ def _found(examples: np.ndarray, look: Callable[..., None]) -> Nearest:
 
 def _size(x: Tensor) -> Tensor:
     units = in_memory_order(x)
-    norm: Tensor = torch.linalg.vector_norm(units, dim=1)
-    return norm / max(1, units.shape[1]) ** 0.5
+    size: Tensor = torch.linalg.vector_norm(units, dim=1) / max(1, units.shape[1]) ** 0.5
+    return size
 
 
 def in_memory_order(units: Tensor) -> Tensor:
