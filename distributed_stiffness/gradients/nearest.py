@@ -48,9 +48,11 @@ def nearest(x: Tensor, distance: Tensor, weight: Tensor) -> Nearest:
         on_it = weighted == 0
         many = on_it.sum(1, keepdim=True) > FEW
         return Nearest(weighted.masked_fill(on_it & many, math.inf).amin(1), _size(x))
-    units = in_memory_order(distance.detach()).numpy()
-    order = [axis - 1 for axis in _memory_order(distance)]
-    weights = weight.expand(distance.shape[1:]).permute(order).flatten().numpy()
+    # Flattened as they lie: no copy is made.
+    order = sorted(range(1, distance.dim()), key=distance.stride, reverse=True)
+    units = distance.detach().permute(0, *order).flatten(1).numpy()
+    in_order = weight.expand(distance.shape[1:]).permute([axis - 1 for axis in order])
+    weights = in_order.flatten().numpy()
     found = _found(units, lambda some, *found: _nearest(units[some], weights, *found))
     return found if x is distance else Nearest(found.distance, _size(x))
 
@@ -86,18 +88,9 @@ def _found(examples: np.ndarray, look: Callable[..., None]) -> Nearest:
 
 
 def _size(x: Tensor) -> Tensor:
-    units = in_memory_order(x)
-    size: Tensor = torch.linalg.vector_norm(units, dim=1) / max(1, units.shape[1]) ** 0.5
+    norm = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())))
+    size: Tensor = norm / max(1, math.prod(x.shape[1:])) ** 0.5
     return size
-
-
-def in_memory_order(units: Tensor) -> Tensor:
-    """Flatten the units of each example, in the order in which they lie: no copy is made."""
-    return units.permute(0, *_memory_order(units)).flatten(1)
-
-
-def _memory_order(units: Tensor) -> list[int]:
-    return sorted(range(1, units.dim()), key=units.stride, reverse=True)
 
 
 # Sizes of float32 numbers are ordered as their bits are, without the sign. Less 1, a 0 becomes the

@@ -23,7 +23,7 @@ def by_torch(x: Tensor, distance: Tensor, weight: Tensor = ALIKE) -> Nearest:
     weighted = (distance.abs() * weight).flatten(1)
     is_far = (weighted == 0) & ((weighted == 0).sum(1, keepdim=True) > FEW)
     size = x.double().square().flatten(1).mean(1).sqrt()
-    return Nearest(weighted.masked_fill(is_far, math.inf).amin(1), size.float())
+    return Nearest(weighted.masked_fill(is_far, math.inf).amin(1), size.to(x.dtype))
 
 
 def assert_same(found: Nearest, expected: Nearest) -> None:
@@ -31,12 +31,17 @@ def assert_same(found: Nearest, expected: Nearest) -> None:
     torch.testing.assert_close(found.size, expected.size)
 
 
-@given(st.lists(st.lists(SIZES, min_size=12, max_size=12), min_size=1, max_size=4))
-def test_the_nearest_counts_and_zeros_only_where_they_are_few(rows: list[list[float]]) -> None:
+@given(
+    st.lists(st.lists(SIZES, min_size=12, max_size=12), min_size=1, max_size=4),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_the_nearest_counts_and_zeros_only_where_they_are_few(
+    rows: list[list[float]], dtype: torch.dtype
+) -> None:
     """
-    Of either sign, below the smallest normal number, infinite.
+    Of either sign, below the smallest normal number, infinite; in compiled loops and by torch.
     """
-    x = torch.tensor(rows)
+    x = torch.tensor(rows, dtype=dtype)
 
     assert_same(nearest(x, x, ALIKE), by_torch(x, x))
 
