@@ -46,6 +46,17 @@ def test_the_nearest_counts_and_zeros_only_where_they_are_few(
     assert_same(nearest(x, x, ALIKE), by_torch(x, x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_so_many_zeros_may_be_there_by_chance(dtype: torch.dtype) -> None:
+    """
+    One more is so by construction.
+    """
+    x = torch.ones(2, 50, dtype=dtype)
+    x[0, :FEW] = x[1, : FEW + 1] = 0
+
+    assert nearest(x, x, ALIKE).distance.tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_large_images_in_any_layout(layout: torch.memory_format) -> None:
     """
@@ -93,13 +104,15 @@ def test_a_number_that_is_none_is_far() -> None:
     [((2, 2), (2, 2)), ((3, 3), (2, 2)), ((1, 3), (1, 1)), ((3, 1), (1, 3)), ((2, 4), (3, 5))],
 )
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("has_ties", [False, True])
 def test_the_largest_of_a_window_against_the_second(
-    size: tuple[int, int], step: tuple[int, int], layout: torch.memory_format
+    size: tuple[int, int], step: tuple[int, int], layout: torch.memory_format, has_ties: bool
 ) -> None:
     """
     What ReLU has cut off is a tie of every precision; other ties are of this one.
     """
-    x = F.relu(torch.randn(6, 5, 13, 12).mul(4).round() / 4).contiguous(memory_format=layout)
+    x = torch.randn(6, 5, 13, 12)
+    x = F.relu(x.mul(4).round() / 4 if has_ties else x + 0.5).contiguous(memory_format=layout)
     windows = x.unfold(2, size[0], step[0]).unfold(3, size[1], step[1]).flatten(4)
     top, second = windows.topk(2, dim=4).values.unbind(4)
     gap = top - second
@@ -108,3 +121,12 @@ def test_the_largest_of_a_window_against_the_second(
     gap = torch.where((gap == 0) & (top > 0), tie / weight, gap)
 
     assert_same(nearest_pairs(x, weight, size, step), by_torch(x, gap, weight))
+
+
+def test_windows_of_a_black_image_are_far_from_any_kink() -> None:
+    """
+    Also where columns lie under no window.
+    """
+    x = torch.zeros(2, 3, 9, 9)
+
+    assert nearest_pairs(x, ALIKE, (2, 2), (2, 2)).distance.tolist() == [math.inf] * 2
