@@ -404,14 +404,15 @@ class Replica:
         if work.examples and checkpoint is not None:
             self.store.write_examples(checkpoint, tiling.examples(task.column), **work.examples)
         for row, tile in work.tiles.items():
-            if not np.isfinite(tile).all():
-                raise GradientError(f"{task}: a product is not finite")
             name = _ARRAYS[task.kind]
             if row == task.column:
-                # A product of rows with themselves need not be symmetric to the last bit.
+                # A product of rows with themselves need not be symmetric to the last bit; and what
+                # lies below its strips was not computed.
                 tile = np.triu(tile) + np.triu(tile, 1).T
                 if task.kind == "distance":
                     np.fill_diagonal(tile, 0)
+            if not np.isfinite(tile).all():
+                raise GradientError(f"{task}: a product is not finite")
             if self._folding is not None:
                 self._write_sums(_required(checkpoint), (row, task.column), tile, work)
                 continue
