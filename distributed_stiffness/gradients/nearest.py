@@ -53,7 +53,7 @@ def nearest(x: Tensor, distance: Tensor, weight: Tensor) -> Nearest:
     units = distance.detach().permute(0, *order).flatten(1).numpy()
     in_order = weight.expand(distance.shape[1:]).permute([axis - 1 for axis in order])
     weights = in_order.flatten().numpy()
-    found = _found(units, lambda some, *found: _nearest(units[some], weights, *found))
+    found = _found(units, lambda some, *into: _nearest(units[some], weights, *into))
     return found if x is distance else Nearest(found.distance, _size(x))
 
 
@@ -73,7 +73,7 @@ def nearest_pairs(
     begin = slice(0, windows[1] * step[1], step[1])
     weights[:, begin] = weight.expand(x.shape[1], *windows).permute(1, 2, 0).numpy()
     return _found(
-        images, lambda some, *found: _nearest_pairs(images[some], weights, *size, step[0], *found)
+        images, lambda some, *into: _nearest_pairs(images[some], weights, *size, step[0], *into)
     )
 
 
@@ -116,11 +116,7 @@ def _nearest(
             some, weights = row[start : start + _BLOCK], weight[start : start + _BLOCK]
             for j in range(some.shape[0]):
                 weighted[j] = some[j] * weights[j]
-            sizes = bits[: some.shape[0]]
-            for j in range(sizes.shape[0]):
-                size = sizes[j] & _SIZE
-                zeros += np.uint32(size == 0)
-                least = min(least, np.uint32(size - _ONE))
+            least, zeros = _least(bits[: some.shape[0]], least, zeros)
             total += _sum_of_squares(some)
         smallest[i], square[i] = _distance(least, zeros), total
 
@@ -169,10 +165,7 @@ def _nearest_pairs(
             last_tops = tops[(width - 1) * C :] if width > 1 else nothing
             last_seconds = seconds[(width - 1) * C :] if width > 1 else nothing
             _gaps(top, second, last_tops, last_seconds, weights[y], gaps)
-            for j in range(length):
-                size = bits[j] & _SIZE
-                zeros += np.uint32(size == 0)
-                least = min(least, np.uint32(size - _ONE))
+            least, zeros = _least(bits, least, zeros)
         smallest[i], square[i] = _distance(least, zeros), total
 
 
@@ -180,11 +173,7 @@ def _nearest_pairs(
 def _add(more: np.ndarray, more_seconds: np.ndarray, tops: np.ndarray, seconds: np.ndarray) -> None:
     """Bring in the largest of more numbers, and the second of them."""
     for j in range(more.shape[0]):
-        value, largest = more[j], tops[j]
-        second = more_seconds[j] if more_seconds[j] > seconds[j] else seconds[j]
-        other = value if value < largest else largest
-        seconds[j] = other if other > second else second
-        tops[j] = value if value > largest else largest
+        tops[j], seconds[j] = _two_largest(more[j], more_seconds[j], tops[j], seconds[j])
 
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
@@ -196,15 +185,29 @@ def _gaps(
     weights: np.ndarray,
     gaps: np.ndarray,
 ) -> None:
-    """As `_add`; then write the weighted difference."""
+    """As `_add`; but write the weighted difference."""
     for j in range(gaps.shape[0]):
-        value, largest = more[j], tops[j]
-        second = more_seconds[j] if more_seconds[j] > seconds[j] else seconds[j]
-        other = value if value < largest else largest
-        second = other if other > second else second
-        top = value if value > largest else largest
+        top, second = _two_largest(more[j], more_seconds[j], tops[j], seconds[j])
         gap = (top - second) * weights[j]
         gaps[j] = _TINY if (gap == 0) & (top != 0) else gap
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def _two_largest(value: float, below: float, top: float, second: float) -> tuple[float, float]:
+    """Return the two largest of two pairs, the larger of each first."""
+    other = value if value < top else top
+    second = below if below > second else second
+    return value if value > top else top, other if other > second else second
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def _least(bits: np.ndarray, least: np.uint32, zeros: np.uint32) -> tuple[np.uint32, np.uint32]:
+    """Return the bits of the smallest size so far, less 1, and how many sizes were 0."""
+    for j in range(bits.shape[0]):
+        size = bits[j] & _SIZE
+        zeros += np.uint32(size == 0)
+        least = min(least, np.uint32(size - _ONE))
+    return least, zeros
 
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
