@@ -141,16 +141,16 @@ class Convolution(Rule):
         weight = call.parameters["weight"]
         n, p, kernel, d = len(D), weight.shape[0], weight.shape[2:], image.shape[1]
         D_NpT, width = D.flatten(2), math.prod(D.shape[3:])
-        grad = D.new_empty(kernel[0], n, p, math.prod(kernel[1:]) * d)
+        grad = D.new_empty(n, p, kernel[0], math.prod(kernel[1:]) * d)
         # Of the first dimension every line is there: it moves by products further down.
         lines = self._padded(call, image)
         patches = self._patches(call, lines, D, first=(lines.shape[1], 1))
         patches_NTk = patches.reshape(n, -1, grad.shape[-1])
-        for step, part in enumerate(grad):
+        for step in range(kernel[0]):
             first = step * call.settings["dilation"][0] * width
-            torch.bmm(D_NpT, patches_NTk[:, first : first + D_NpT.shape[2]], out=part)
-        split = grad.reshape(kernel[0], n, p, *kernel[1:], d)
-        return split.movedim(0, 2).movedim(-1, 2)
+            some = patches_NTk[:, first : first + D_NpT.shape[2]]
+            torch.bmm(D_NpT, some, out=grad[:, :, step])
+        return grad.reshape(n, p, *kernel, d).movedim(-1, 2)
 
     def _patches(
         self, call: Call, padded: Tensor, D: Tensor, first: tuple[int, int] | None = None
