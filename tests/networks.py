@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +29,21 @@ class Cancelling(nn.Module):
     """Its first unit is 2e-9 in real numbers and -1e-9 in float32, whatever its weights are.
 
     But for inputs whose sum is beyond a number: there it is near 1.
+
+    Args:
+        far_beyond: that number.
+        kink: what its units go through, (N, 64) -> (N, 64).
     """
 
-    def __init__(self, far_beyond: float = math.inf) -> None:
+    def __init__(
+        self, far_beyond: float = math.inf, kink: Callable[[Tensor], Tensor] = F.relu
+    ) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(4, 64), nn.Linear(64, 3)
-        self.far_beyond = far_beyond
+        self.far_beyond, self.kink = far_beyond, kink
 
     def forward(self, x: Tensor) -> Tensor:
         z, big = self.first(x), x.sum(1, keepdim=True)
         lost = (big + 3e-9) - big  # 0 in float32
         unit = z[:, :1] - z[:, :1].detach() + lost - 1e-9 + (big > self.far_beyond)
-        return self.last(F.relu(torch.cat([unit, z[:, 1:]], 1)))
+        return self.last(self.kink(torch.cat([unit, z[:, 1:]], 1)))

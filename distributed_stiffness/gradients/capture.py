@@ -176,6 +176,20 @@ class Capture(TorchFunctionMode):
         self._n_calls += 1
         number = self._n_calls
         output = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # a mode outside sees the network's calls alone
+            self._note(func, args, kwargs, output, number, taken, sources)
+        return output
+
+    def _note(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        number: int,
+        taken: list[Tensor],
+        sources: list[Source],
+    ) -> None:
         others = [t for t in taken if id(t) not in self._sources]
         depends = any(self._depends_on_examples(t) for t in others)
         if sources and _writes(func):
@@ -190,7 +204,6 @@ class Capture(TorchFunctionMode):
                 self._derive(func, output, sources, number)
         elif depends:
             self._spread(func, args, output)
-        return output
 
     def _depends_on_examples(self, tensor: Tensor) -> bool:
         """Whatever requires a gradient and is no source is taken to depend on the examples."""
@@ -210,7 +223,7 @@ class Capture(TorchFunctionMode):
         self, func: Callable[..., Any], output: Any, sources: list[Source], number: int
     ) -> None:
         for place, leaf in enumerate(pytree.tree_leaves(output)):
-            if isinstance(leaf, Tensor) and leaf.requires_grad and id(leaf) not in self._sources:
+            if _is_differentiable(leaf) and id(leaf) not in self._sources:
                 source = Source(
                     f"{func.__name__} #{number}.{place}",
                     leaf,
@@ -312,8 +325,13 @@ def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tenso
 
 
 def _is_differentiable(output: Any) -> bool:
+    """Whether a call is in the autograd graph.
+
+    A view of a parameter that is made where there is none, as in an autograd function's `forward`,
+    requires a gradient all the same.
+    """
     outputs = output if isinstance(output, list | tuple) else (output,)
-    return any(isinstance(o, Tensor) and o.requires_grad for o in outputs)
+    return any(isinstance(o, Tensor) and o.grad_fn is not None for o in outputs)
 
 
 def _is_recomputed() -> bool:

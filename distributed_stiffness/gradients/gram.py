@@ -25,6 +25,9 @@ _PRODUCTS_IN_CACHE = {"cpu": 2**20, "cuda": 2**26}
 # what is below their squares on the diagonal is not made. A larger one is halved.
 _STRIPS = 4
 _STRIP, _STRIP_CUDA, _STRIP_OF_FACTORS = 128, 1024, 512
+# A product of factors runs over so many numbers at a time: of a picture's even background all terms
+# are alike, and a long sum of such rounds them all the same way (docs/design/0002-numbers.md).
+_FOLD_OF_FACTORS = 256
 # Short sums that are added up before they meet the total.
 _SUMS = 64
 # Rows within this size (and its inverse) need no scaling before they are multiplied.
@@ -98,12 +101,12 @@ class Factors:
 
     def _products(self, other: Factors, precision: Precision) -> Tensor:
         """(A_it·A_js + b_i b_j)(D_it·D_js) for every pair of positions, (N·T, M·S)."""
-        inputs = precision.product(self.A_NTd.flatten(0, 1), other.A_NTd.flatten(0, 1))
+        inputs = _product_of_factors(self.A_NTd, other.A_NTd, precision)
         inputs.addr_(self.b_NT.flatten(), other.b_NT.flatten())
         if self.D_NTp.dim() == 2:
             same = self.D_NTp.flatten().unsqueeze(1) == other.D_NTp.flatten()
             return inputs.mul_(same)
-        return inputs.mul_(precision.product(self.D_NTp.flatten(0, 1), other.D_NTp.flatten(0, 1)))
+        return inputs.mul_(_product_of_factors(self.D_NTp, other.D_NTp, precision))
 
     def centred(self) -> Factors:
         """Return the same gradient with the mean input as a position of its own.
@@ -134,6 +137,16 @@ class Factors:
     def to(self, dtype: torch.dtype) -> Factors:
         """Cast A, b, and D unless it holds indices."""
         return self.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+
+def _product_of_factors(X_NTd: Tensor, Y_MSd: Tensor, precision: Precision) -> Tensor:
+    """Return the products of all positions with all positions, (N·T, M·S) float32."""
+    X, Y = X_NTd.flatten(0, 1), Y_MSd.flatten(0, 1)
+    first, *others = pieces(slice(0, X.shape[1]), _FOLD_OF_FACTORS)
+    total = precision.product(X[:, first], Y[:, first])
+    for part in others:
+        precision.add_product(total, X[:, part], Y[:, part])
+    return total
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ which examples any is on another side (mending.py).
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,12 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from distributed_stiffness.gradients.nearest import (
-    Nearest,
-    is_for_loops,
-    nearest,
-    nearest_pairs,
-)
+from distributed_stiffness.gradients.sides import KINKS, Sides
 
 # A unit is near a kink if it is no farther than so many times what rounding has moved units like it
 # by, both root mean squares: of normal errors 1 in 1,000 that change a side come from farther, and
@@ -41,17 +34,6 @@ FARTHEST = 3.0
 # network, 7e-7 in the last of ResNet-20, 3e-6 in that of ResNet-18.
 _LEAST = 6e-8  # it is never taken to be less: half of a float32's last place
 _FEW_UNITS = 16  # of which all may be near a kink: their size alone says nothing of rounding
-
-
-@dataclass(frozen=True)
-class Sides:
-    """The arguments of a call, seen from its kink."""
-
-    x: Tensor  # (N, ...), whose size says what rounding is
-    shape: Sequence[int]  # of the units of an example
-    nearest: Callable[[Tensor], Nearest]  # weight of each unit -> of all examples
-    distance: Callable[[Tensor], Tensor]  # examples (k,) -> of each of their units, (k, ...)
-    of: Callable[[Tensor], Tensor]  # examples (k,) -> the side of each of their units, (k, units)
 
 
 @dataclass(frozen=True)
@@ -139,9 +121,9 @@ class Kinks(TorchFunctionMode):
     ) -> Any:
         """Look at the arguments of a call with a kink; make the call."""
         kwargs = kwargs or {}
-        if func in _KINKS:
+        if func in KINKS:
             with torch.no_grad(), torch._C.DisableTorchFunction():
-                for sides in _KINKS[func](*args, **kwargs):
+                for sides in KINKS[func](*args, **kwargs):
                     self._look(sides)
         return func(*args, **kwargs)
 
@@ -151,6 +133,8 @@ class Kinks(TorchFunctionMode):
         self.calls.append(near(sides, moved) if self._is_watched(sides.x) else None)
 
     def _is_watched(self, x: Tensor) -> bool:
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return False  # its numbers cannot be read
         return x.dim() > 1 and len(x) == self.n and x.is_floating_point()
 
     def examples(self) -> Tensor:
@@ -166,17 +150,22 @@ class KinksAgain(Kinks):
     tidies up at its end.)
 
     Args:
-        calls: what was noted of the examples of this pass.
+        noted: of the examples of this pass, call by call.
         n: examples.
     """
 
-    def __init__(self, calls: Sequence[Near | None], n: int) -> None:
+    def __init__(self, noted: Sequence[Near | None], n: int) -> None:
         super().__init__(n)
-        self._noted = list(calls)
-        while self._noted and (self._noted[-1] is None or not len(self._noted[-1].examples)):
-            self._noted.pop()
-        self._noted.reverse()  # the next one last
+        self._noted = list(noted)
+        self._seen: list[tuple[int, ...] | None] = []  # the units of each call; None: not watched
         self._changed: list[Tensor] = []
+        some = (k for k, near in enumerate(noted) if near is not None and len(near.examples))
+        self._last = max(some, default=-1)  # call of which any was noted
+        self._is_cut_short = False
+
+    @property
+    def _is_behind(self) -> bool:
+        return len(self._seen) > self._last
 
     def __torch_function__(
         self,
@@ -186,8 +175,8 @@ class KinksAgain(Kinks):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Make the call; of a layer behind the last unit that was noted, zeros."""
-        is_behind = not self._noted and func in _LAYERS and bool(args)
-        if is_behind and isinstance(args[0], Tensor) and self._is_watched(args[0]):
+        is_layer = func in _LAYERS and bool(args) and isinstance(args[0], Tensor)
+        if is_layer and self._is_behind and self._is_watched(args[0]):
             one = func(args[0][:1], *args[1:], **(kwargs or {}))
             return one.new_zeros(self.n, *one.shape[1:])
         return super().__torch_function__(func, types, args, kwargs)
@@ -195,26 +184,27 @@ class KinksAgain(Kinks):
     def __exit__(self, kind: type[BaseException] | None, *raised: Any) -> bool:
         """Leave the mode. An error that zeros may have led to is none."""
         super().__exit__(kind, *raised)  # type: ignore[no-untyped-call]
-        return kind is not None and issubclass(kind, Exception) and not self._noted
+        self._is_cut_short = kind is not None and issubclass(kind, Exception) and self._is_behind
+        return self._is_cut_short
 
     def _look(self, sides: Sides) -> None:
-        noted = self._noted.pop() if self._noted else None
-        if noted is None:
-            return
-        if not self._is_watched(sides.x) or tuple(sides.shape) != noted.shape:
-            self._changed.append(noted.examples)  # another call: what became of them is not known
-            return
-        of_each, where = torch.unique(noted.examples, return_inverse=True)
-        now = sides.of(of_each).cpu()[where, noted.units]
-        self._changed.append(noted.examples[now != noted.sides])
+        number = len(self._seen)
+        self._seen.append(tuple(sides.shape) if self._is_watched(sides.x) else None)
+        noted = self._noted[number] if number < len(self._noted) else None
+        if noted is not None and noted.shape == self._seen[number] and len(noted.examples):
+            of_each, where = torch.unique(noted.examples, return_inverse=True)
+            now = sides.of(of_each).cpu()[where, noted.units]
+            self._changed.append(noted.examples[now != noted.sides])
 
     def examples(self) -> Tensor:
         """Return the examples in which a unit is on another side than was noted, ascending.
 
-        Or may be: those of calls that were not made again are among them.
+        All of them where this pass made other calls: whose units these were is not known.
         """
-        missed = [noted.examples for noted in self._noted if noted is not None]
-        return _all([*self._changed, *missed])
+        expected = [near.shape if near is not None else None for near in self._noted]
+        if self._seen != (expected[: len(self._seen)] if self._is_cut_short else expected):
+            return _all([near.examples for near in self._noted if near is not None])
+        return _all(self._changed)
 
 
 class Rounded(Kinks):
@@ -300,115 +290,3 @@ def near(sides: Sides, moved: Moved) -> Near:
     is_near = (part < limit[rows, None]) & ((part > 0) | by_chance)
     row, units = is_near.nonzero().unbind(1)
     return Near(shape, *(t.cpu() for t in (rows[row], units, sides.of(rows)[row, units])))
-
-
-# The kinks of torch's functions.
-
-
-def _at(kink: float | Tensor, x: Tensor) -> Sides:
-    distance = x - kink if isinstance(kink, Tensor) or kink else x
-    return Sides(
-        x,
-        distance.shape[1:],
-        lambda weight: nearest(x, distance, weight),
-        lambda rows: distance[rows],
-        lambda rows: (distance[rows] > 0).long().flatten(1),
-    )
-
-
-def _at_zero(x: Tensor, *_: Any, **__: Any) -> list[Sides]:
-    return [_at(0.0, x)]
-
-
-def _at_both(low: float, high: float) -> Callable[..., list[Sides]]:
-    return lambda x, *_, **__: [_at(low, x), _at(high, x)]
-
-
-def _clamp(x: Tensor, min: Any = None, max: Any = None, **_: Any) -> list[Sides]:
-    return [_at(float(kink), x) for kink in (min, max) if isinstance(kink, int | float)]
-
-
-def _hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, *_: Any, **__: Any) -> Any:
-    return _at_both(min_val, max_val)(x)
-
-
-def _larger(x: Tensor, y: Tensor, **_: Any) -> list[Sides]:
-    return [_at(y, x)] if isinstance(y, Tensor) and x.shape == y.shape else []
-
-
-def _largest(
-    x: Tensor,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-    *_: Any,
-    **__: Any,
-) -> list[Sides]:
-    """The largest of each window of an image against the second."""
-    if x.dim() != 4:
-        return []
-    size, step, room, spread = (
-        (v, v) if isinstance(v, int) else tuple(v) * (2 // len(v))
-        for v in (kernel_size, stride or kernel_size, padding, dilation)
-    )
-    settings = (size, step, room, spread, ceil_mode)
-    places = torch._C._nn.max_pool2d_with_indices
-    windows = _windows((x.shape[2], x.shape[3]), *settings)
-    # The last window may reach beyond the image.
-    reach = [
-        (windows[k] - 1) * step[k] + (size[k] - 1) * spread[k] + 1 - x.shape[2 + k] for k in (0, 1)
-    ]
-    below, right = (max(0, reach[k] - room[k]) for k in (0, 1))
-    margins = (room[1], right, room[0], below)
-
-    def gap(image: Tensor) -> Tensor:
-        if any(margins):
-            image = F.pad(image, margins, value=-torch.inf)
-        shape = (*image.shape[:2], *windows)
-        top, second = (image.new_full((), -torch.inf).expand(shape) for _ in range(2))
-        for i, j in itertools.product(range(size[0]), range(size[1])):
-            one = image[:, :, i * spread[0] :: step[0], j * spread[1] :: step[1]]
-            one = one[:, :, : windows[0], : windows[1]]
-            second = torch.maximum(second, torch.minimum(top, one))
-            top = torch.maximum(top, one)
-        # A window with one element in the image has no second. What ReLU has cut off passes no
-        # gradient on; any other tie may be one of this precision alone, however many there are.
-        found = torch.where(second == -torch.inf, top.abs(), top - second)
-        return found.masked_fill_((found == 0) & (top != 0), torch.finfo(x.dtype).tiny)
-
-    def all_nearest(weight: Tensor) -> Nearest:
-        if is_for_loops(x) and not any(margins) and spread == (1, 1) and size != (1, 1):
-            return nearest_pairs(x, weight, size, step)
-        return nearest(x, gap(x), weight)
-
-    def which(rows: Tensor) -> Tensor:
-        return places(x[rows], *settings)[1].flatten(1)
-
-    return [Sides(x, (x.shape[1], *windows), all_nearest, lambda rows: gap(x[rows]), which)]
-
-
-@functools.cache
-def _windows(image: tuple[int, int], *settings: Any) -> tuple[int, int]:
-    """Return how many windows of max-pooling an image has, down and right."""
-    down, right = F.max_pool2d(torch.empty(1, 1, *image), *settings).shape[2:]
-    return down, right
-
-
-_KINKS: dict[Callable[..., Any], Callable[..., list[Sides]]] = {
-    **dict.fromkeys(
-        (
-            F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_,
-            F.leaky_relu, F.leaky_relu_, F.prelu, torch.prelu, Tensor.prelu, F.rrelu, F.selu,
-            torch.selu, torch.abs, Tensor.abs,
-        ),
-        _at_zero,
-    ),
-    **dict.fromkeys((torch.clamp, Tensor.clamp, Tensor.clamp_), _clamp),
-    **dict.fromkeys((F.hardtanh, F.hardtanh_), _hardtanh),
-    F.relu6: _at_both(0.0, 6.0),
-    **dict.fromkeys((F.hardswish, F.hardsigmoid), _at_both(-3.0, 3.0)),
-    **dict.fromkeys((torch.maximum, torch.minimum), _larger),
-    **dict.fromkeys((torch.max_pool2d, F.max_pool2d, F.max_pool2d_with_indices), _largest),
-}  # fmt: skip

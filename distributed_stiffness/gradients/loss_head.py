@@ -100,7 +100,8 @@ def loss_head(loss: Loss, outputs: Nest, targets: Nest) -> LossHead:
     if loss == "cross_entropy":
         logits = logits_of(outputs)
         leaves = [i for i, leaf in enumerate(pytree.tree_leaves(outputs)) if leaf is logits]
-        head = _cross_entropy(_finite(logits), targets, leaves[0])
+        with torch._C.DisableTorchFunction():  # modes see the calls of the network and of its loss
+            head = _cross_entropy(_finite(logits), targets, leaves[0])
         given = [logits]
     elif callable(loss):
         head = _any_loss(loss, outputs, targets)
@@ -216,23 +217,49 @@ def _cross_entropy(z_NC: Tensor, targets: Nest, leaf: int) -> LossHead:
     )
 
 
-def _any_loss(loss: Callable[[Any, Any], Tensor], outputs: Nest, targets: Nest) -> LossHead:
+def losses_of(
+    loss: Callable[[Any, Any], Tensor], outputs: Nest, targets: Nest
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Call a loss on outputs in float64.
+
+    Returns:
+        The floating-point outputs by their places among all, without history, and what it returned.
+
+    Raises:
+        ModelError: there is no such output.
+    """
     leaves, structure = pytree.tree_flatten(outputs)
-    floating = [
-        i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()
-    ]
-    if not floating:
+    z = {
+        i: leaf.detach().double().requires_grad_()
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    }
+    if not z:
         raise ModelError("the network returned no tensor of floating-point numbers")
+    doubled = [z.get(i, leaf) for i, leaf in enumerate(leaves)]
+    return z, loss(pytree.tree_unflatten(doubled, structure), targets)
+
+
+def _any_loss(loss: Callable[[Any, Any], Tensor], outputs: Nest, targets: Nest) -> LossHead:
     with torch.enable_grad():
-        z = {i: _double(leaves[i]).requires_grad_() for i in floating}
-        doubled = [z.get(i, leaf) for i, leaf in enumerate(leaves)]
-        losses = loss(pytree.tree_unflatten(doubled, structure), targets)
-        n = len(leaves[floating[0]])
-        _require_one_an_example(losses, n)
+        z, losses = losses_of(loss, outputs, targets)
+        first = next(iter(z.values()))
+        _require_one_an_example(losses, len(first))
         delta = torch.autograd.grad(losses.sum(), list(z.values()), allow_unused=True)
-    used = {i: d for i, d in zip(floating, delta, strict=True) if d is not None}
+    with torch._C.DisableTorchFunction():
+        return _head_of_any_loss(z, losses, delta, _is_correct(first, targets, len(first)))
+
+
+def _head_of_any_loss(
+    z: Mapping[int, Tensor],
+    losses: Tensor,
+    delta: Sequence[Tensor | None],
+    correct: Tensor,
+) -> LossHead:
+    n = len(losses)
+    used = {i: d for i, d in zip(z, delta, strict=True) if d is not None}
     for i, d in used.items():
-        _finite(leaves[i])
+        _finite(z[i])
         if d.shape[:1] != (n,):
             raise ModelError(
                 f"the loss uses an output of shape {tuple(d.shape)} for {n} examples, expected N"
@@ -248,13 +275,9 @@ def _any_loss(loss: Callable[[Any, Any], Tensor], outputs: Nest, targets: Nest) 
         loss=losses.detach(),
         directions=tuple(d / _beside(size, d) for d in directions),
         scale=peak * length,
-        correct=_is_correct(leaves[floating[0]], targets, n),
+        correct=correct,
         leaves=tuple(used),
     )
-
-
-def _double(output: Tensor) -> Tensor:
-    return output.detach().double()
 
 
 def _over_all(parts: Sequence[Tensor]) -> Tensor:

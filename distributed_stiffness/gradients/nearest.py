@@ -35,7 +35,7 @@ class Nearest(NamedTuple):
 
 def is_for_loops(x: Tensor) -> bool:
     """Whether the compiled loops can read a tensor; a network may cast on its way."""
-    return x.device.type == "cpu" and x.dtype == torch.float32
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not x.is_neg()
 
 
 def nearest(x: Tensor, distance: Tensor, weight: Tensor) -> Nearest:

@@ -398,7 +398,102 @@ class TestBehindTheLastUnit:
         )
 
 
+class PReLUs(nn.Module):
+    """Four calls that are alike; the second has the units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slopes = nn.ModuleList(nn.PReLU(64) for _ in range(4))
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, z: Tensor) -> Tensor:
+        first, second, third, fourth = self.slopes
+        h = first(self.layer(z))
+        h = h + second(z)
+        h = h + third(self.layer(h))
+        return h + fourth(self.layer(h))
+
+
+class Largest(nn.Module):
+    """The larger of a unit and a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.least = nn.Parameter(torch.linspace(0, 1, 64))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.maximum(self.least, z)
+
+
+def exactly_on_it(z: Tensor) -> Tensor:
+    """The size of units whose first is 0 in float64 and not in float32."""
+    one = torch.ones_like(z[:, :1])
+    lost = ((one + 2.0**-24) - one) - 2.0**-24
+    return torch.cat([z[:, :1] - z[:, :1].detach() + lost, z[:, 1:]], 1).abs()
+
+
+# What a network may do with its units.
+KINKS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+    "ReLU": lambda: F.relu,
+    "by name": lambda: lambda z: torch.relu(input=z),
+    "the larger, by name": lambda: lambda z: torch.maximum(input=z, other=torch.zeros_like(z)),
+    "several PReLUs": PReLUs,
+    "beside a parameter": Largest,
+    "clamped by a tensor": lambda: lambda z: z.clamp(min=torch.zeros(64, dtype=z.dtype)),
+    "exactly on it in float64": lambda: exactly_on_it,
+    "of an imaginary part": lambda: lambda z: F.relu(torch.complex(z, -z).conj().imag),
+    "beside a mask": lambda: lambda z: (z > 0) * F.relu(z),
+    "behind a derivative forwards": lambda: (
+        lambda z: F.relu(z) + torch.func.jvp(F.relu, (z.detach(),), (z.detach(),))[0]
+    ),
+}
+
+
 class TestCosines:
+    @pytest.mark.parametrize("kind", KINKS)
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, in jvp
+    def test_are_right_whatever_a_network_does_at_its_kinks(self, kind: str) -> None:
+        """
+        All of its examples are on the wrong side in float32.
+        """
+        torch.manual_seed(0)
+        model = Cancelling(kink=KINKS[kind]()).eval()
+        with torch.no_grad():
+            model.last.weight[:, 0] = torch.tensor([3.0, -2.0, 1.0])
+        x, y = 1 + torch.rand(12, 4), torch.arange(12) % 3
+        names = [name for name, _ in model.named_parameters()]
+        expected = Reference(model, "cross_entropy", names).cosines(x, y, memory=10**8)
+
+        found = cosine_matrix(model, "cross_entropy", (x, y), check=False)
+
+        torch.testing.assert_close(
+            torch.from_numpy(found.values).double(), expected, atol=2e-6, rtol=0
+        )
+
+    def test_are_right_where_the_path_depends_on_the_batch(self) -> None:
+        """
+        Another pass makes other calls, of the same units: all in question are made again.
+        """
+
+        class Path(Cancelling):
+            def forward(self, x: Tensor) -> Tensor:
+                z = self.first(F.relu(x) if (x < 0).any() else x)
+                return super().forward(x) + self.last(F.relu(z))
+
+        torch.manual_seed(0)
+        model = Path().eval()
+        x, y = 1 + torch.rand(96, 4), torch.arange(96) % 3
+        x[0, 1] = -1.0
+        names = [name for name, _ in model.named_parameters()]
+        expected = Reference(model, "cross_entropy", names).cosines(x, y, memory=10**8)
+        gradients = PerExampleGradients(model, "cross_entropy", (x[1:9], y[1:9]))
+
+        (rows,) = gradients.rows_of(
+            lambda some: (x[some], y[some]), slice(0, 96), batch=32, mended_together=96
+        )
+
+        torch.testing.assert_close(cosine(rows, rows).double(), expected, atol=2e-6, rtol=0)
+
     def test_are_those_of_float64(self) -> None:
         """
         Of a network whose every example is on the wrong side of a kink in float32.

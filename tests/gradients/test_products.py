@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distributed_stiffness.gradients import cosine_matrix, precision
-from distributed_stiffness.gradients.gram import folded_product
+from distributed_stiffness.gradients.gram import Factors, folded_product
 from distributed_stiffness.gradients.precision import (
     fast_float32,
     full_float32,
@@ -53,6 +53,24 @@ def test_are_right_to_a_few_units_in_the_last_place(length: int, common: float) 
     found = folded_product(X, Y)
 
     torch.testing.assert_close(found.double(), X.double() @ Y.double().T, atol=6e-7, rtol=0)
+
+
+@pytest.mark.parametrize("length", [785, 3072, 12_288])
+@pytest.mark.usefixtures("routine")
+def test_of_factors_keep_their_digits_where_all_terms_are_alike(length: int) -> None:
+    """
+    As those of a picture's even background: a long sum of such rounds them all the same way.
+    """
+    generator = torch.Generator().manual_seed(0)
+    brightness = 0.5 + torch.rand(40, 1, generator=generator)
+    pictures = F.normalize(brightness + 0.05 * torch.rand(40, length, generator=generator))
+    factors = Factors(pictures[:, None], torch.ones(40, 1, 1), torch.zeros(40, 1))
+
+    with fast_float32():
+        found = factors.gram(factors)
+
+    expected = pictures.double() @ pictures.double().T
+    torch.testing.assert_close(found.double(), expected, atol=5e-7, rtol=0)
 
 
 @pytest.mark.parametrize("n", [1, 127, 128, 129, 513])

@@ -256,14 +256,29 @@ class Product(torch.autograd.Function):
         return grad @ weight.T, x.T @ grad
 
 
+class ProductOfATranspose(Product):
+    """x Wᵀ: makes a view of a parameter where nothing is in the autograd graph."""
+
+    @staticmethod
+    def forward(x, weight):
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.T @ x
+
+
 class OwnFunction(nn.Module):
-    def __init__(self, also_a_layer: bool) -> None:
+    def __init__(
+        self, also_a_layer: bool = False, function: type[torch.autograd.Function] = Product
+    ) -> None:
         super().__init__()
-        self.linear = nn.Linear(4, 4)
+        self.linear, self.function = nn.Linear(4, 4), function
         self.weight = self.linear.weight if also_a_layer else nn.Parameter(torch.randn(4, 4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return Product.apply(torch.tanh(self.linear(x)), self.weight)
+        return self.function.apply(torch.tanh(self.linear(x)), self.weight)
 
 
 class Checkpointed(nn.Module):
@@ -529,7 +544,13 @@ CASES = [
     ),
     case(
         "an autograd function of its own",
-        lambda: Head(OwnFunction(also_a_layer=False)),
+        lambda: Head(OwnFunction()),
+        lambda: vectors(4),
+        "body.weight",
+    ),
+    case(
+        "an autograd function that takes a view of a parameter",
+        lambda: Head(OwnFunction(function=ProductOfATranspose)),
         lambda: vectors(4),
         "body.weight",
     ),
@@ -912,6 +933,39 @@ class TestTheOrderOfARow:
 
         expected = reference.cosine_matrix(model, reference.cross_entropy, x, y)
         assert abs(torch.from_numpy(found.values) - expected).max() <= 2e-6
+
+
+class NormalisesGroups(nn.Module):
+    """By a layer, or by itself."""
+
+    def __init__(self, by_a_layer: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Linear(8, 3)
+        self.norm = nn.GroupNorm(4, 8, affine=False) if by_a_layer else self.by_itself
+
+    @staticmethod
+    def by_itself(x: torch.Tensor) -> torch.Tensor:
+        return torch.group_norm(x, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.norm(self.first(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("by_a_layer", [True, False])
+def test_groups_of_flat_images_keep_their_digits(memory_format, by_a_layer):
+    """
+    torch takes the variance of groups of channels last as E[x²] - E[x]².
+    """
+    torch.manual_seed(0)
+    model = NormalisesGroups(by_a_layer).eval().to(memory_format=memory_format)
+    x = (1 + 0.05 * torch.randn(8, 3, 32, 32)).contiguous(memory_format=memory_format)
+    y = torch.arange(8) % 3
+    expected = reference.cosine_matrix(model, reference.cross_entropy, x, y)
+
+    found = cosine_matrix(model, "cross_entropy", (x, y), check=False)
+
+    assert abs(torch.from_numpy(found.values) - expected).max() <= 2e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
