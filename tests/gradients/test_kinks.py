@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -361,7 +363,7 @@ class TestBehindTheLastUnit:
         Zeros may lead to some.
         """
         x = inputs(TINY)
-        kinks = noted(F.relu, x)
+        kinks = noted(lambda x: (F.relu(x), F.relu(x + 1))[1], x)
 
         with pytest.raises(ZeroDivisionError), KinksAgain(kinks.calls, 3):
             1 / 0  # noqa: B018
@@ -443,6 +445,7 @@ KINKS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "exactly on it in float64": lambda: exactly_on_it,
     "of an imaginary part": lambda: lambda z: F.relu(torch.complex(z, -z).conj().imag),
     "beside a mask": lambda: lambda z: (z > 0) * F.relu(z),
+    "beside the larger of two masks": lambda: lambda z: torch.maximum(z > 0, z < 1) * F.relu(z),
     "behind a derivative forwards": lambda: (
         lambda z: F.relu(z) + torch.func.jvp(F.relu, (z.detach(),), (z.detach(),))[0]
     ),
@@ -466,6 +469,65 @@ class TestCosines:
 
         found = cosine_matrix(model, "cross_entropy", (x, y), check=False)
 
+        torch.testing.assert_close(
+            torch.from_numpy(found.values).double(), expected, atol=2e-6, rtol=0
+        )
+
+    @pytest.mark.parametrize("kind", KINKS)
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, in jvp
+    def test_of_two_passes_have_the_same_calls(self, kind: str) -> None:
+        """
+        The one that gradients are made of, and the one that looks again at what was near a kink.
+        """
+
+        def loss(outputs: Tensor, y: Tensor) -> Tensor:
+            return (1 - outputs.gather(1, y[:, None])).clamp(min=0).squeeze(1)
+
+        torch.manual_seed(0)
+        model = Cancelling(kink=KINKS[kind]()).eval()
+        x, y = 1 + torch.rand(12, 4), torch.arange(12) % 3
+        gradients = PerExampleGradients(model, loss, (x, y))
+
+        of_gradients = Kinks(12)
+        gradients._by_recipe(gradients._prepared(x), y, of_gradients)
+        with Kinks(12) as of_the_look:
+            gradients._run(x, y)
+
+        first, second = ([c and c.shape for c in k.calls] for k in (of_gradients, of_the_look))
+        assert first == second
+        assert (1,) in first
+
+    def test_are_right_where_the_loss_has_the_kink(self) -> None:
+        """
+        It is looked at like the network's; what the loss head computes besides is not.
+        """
+
+        class Units(Cancelling):
+            def forward(self, x: Tensor) -> Tensor:
+                z, big = self.first(x), x.sum(1, keepdim=True)
+                lost = (big + 3e-9) - big
+                return torch.cat([z[:, :1] - z[:, :1].detach() + lost - 1e-9, z[:, 1:]], 1)
+
+        def loss(units: Tensor, y: Tensor) -> Tensor:
+            weights = torch.linspace(-1, 1, 3 * 64, dtype=units.dtype).view(64, 3)
+            return F.cross_entropy(F.relu(units) @ weights, y, reduction="none")
+
+        torch.manual_seed(0)
+        model = Units().eval()
+        x, y = 1 + torch.rand(12, 4), torch.arange(12) % 3
+        names = ["first.weight", "first.bias"]
+        expected = Reference(model, loss, names).cosines(x, y, memory=10**8)
+        looks: list[int] = []
+        look = Kinks._look
+
+        def counted(self: Kinks, sides: Any) -> None:
+            looks.append(1)
+            look(self, sides)
+
+        with mock.patch.object(Kinks, "_look", counted):
+            found = cosine_matrix(model, loss, (x, y), parameters=["first.*"], check=False)
+
+        assert sum(looks) == 1
         torch.testing.assert_close(
             torch.from_numpy(found.values).double(), expected, atol=2e-6, rtol=0
         )
