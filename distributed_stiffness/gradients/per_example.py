@@ -266,7 +266,8 @@ class PerExampleGradients:
         with TakenApart():
             outputs = self._network.module(*args, **kwargs)
         if callable(self.loss):
-            losses_of(self.loss, outputs, targets)
+            with torch.enable_grad():  # as in the loss head: a loss may differentiate by itself
+                losses_of(self.loss, outputs, targets)
 
     @functools.cached_property
     def _in_float64(self) -> PerExampleGradients:
@@ -442,7 +443,7 @@ class PerExampleGradients:
         numbers = self.parameters[name].numel()
         numbers += sum(one.rule.scratch(role, one.call, one.grad_output) for role, one in uses)
         room = _BYTES_AT_A_TIME["cuda" if self.device.type == "cuda" else "cpu"]
-        most = max(1, room // (numbers * self.precision.network.itemsize))
+        most = max(1, room // max(1, numbers * self.precision.network.itemsize))
         return math.ceil(found.done.n / math.ceil(found.done.n / most))
 
     def _part(self, name: str, found: _Found, rows: slice) -> Tensor:

@@ -148,9 +148,10 @@ def _stacked(gradients: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _norms(gradients: Mapping[str, Tensor]) -> Tensor:
     """Return the norm of each example's whole gradient; its squares may be below 1e-308."""
-    peaks = [g.abs().reshape(len(g), -1).amax(1) for g in gradients.values()]
+    some = [g for g in gradients.values() if g.numel()]  # a layer may have no inputs
+    peaks = [g.abs().reshape(len(g), -1).amax(1) for g in some]
     peak = torch.stack(peaks).amax(0)
-    parts = torch.stack([_relative(g, peak) for g in gradients.values()])
+    parts = torch.stack([_relative(g, peak) for g in some])
     norms: Tensor = peak * parts.norm(dim=0)
     return norms
 

@@ -55,7 +55,7 @@ def test_are_right_to_a_few_units_in_the_last_place(length: int, common: float) 
     torch.testing.assert_close(found.double(), X.double() @ Y.double().T, atol=6e-7, rtol=0)
 
 
-@pytest.mark.parametrize("length", [785, 3072, 12_288])
+@pytest.mark.parametrize("length", [0, 785, 3072, 12_288])
 @pytest.mark.usefixtures("routine")
 def test_of_factors_keep_their_digits_where_all_terms_are_alike(length: int) -> None:
     """

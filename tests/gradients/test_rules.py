@@ -304,6 +304,18 @@ class Unused(nn.Module):
         return self.used(x)
 
 
+class WithoutInputs(nn.Module):
+    """A layer whose weight has no numbers beside one that has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.empty, self.bias = nn.Parameter(torch.empty(4, 0)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(F.linear(x[:, :0], self.empty, self.bias) + self.layer(x))
+
+
 def sequential(*layers: nn.Module) -> nn.Module:
     return Head(nn.Sequential(*layers))
 
@@ -560,6 +572,7 @@ CASES = [
         lambda: vectors(4),
         "body.weight",
     ),
+    case("a layer without inputs", lambda: Head(WithoutInputs()), lambda: vectors(4)),
     case("activation checkpoints", lambda: Head(Checkpointed()), lambda: vectors(4)),
     case(
         "ResNet-20",
