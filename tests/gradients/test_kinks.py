@@ -556,21 +556,3 @@ class TestCosines:
         )
 
         torch.testing.assert_close(cosine(rows, rows).double(), expected, atol=2e-6, rtol=0)
-
-    def test_are_those_of_float64(self) -> None:
-        """
-        Of a network whose every example is on the wrong side of a kink in float32.
-        """
-        torch.manual_seed(0)
-        model = Cancelling().eval()
-        with torch.no_grad():
-            model.last.weight[:, 0] = torch.tensor([3.0, -2.0, 1.0])
-        x, y = 1 + torch.rand(12, 4), torch.arange(12) % 3
-        names = [name for name, _ in model.named_parameters()]
-        expected = Reference(model, "cross_entropy", names).cosines(x, y, memory=10**8)
-
-        found = cosine_matrix(model, "cross_entropy", (x, y), check=False)
-
-        torch.testing.assert_close(
-            torch.from_numpy(found.values).double(), expected, atol=2e-6, rtol=0
-        )
