@@ -23,9 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from distributed_stiffness.errors import GradientError, ModelError
 from distributed_stiffness.gradients.batches import (
@@ -49,6 +47,11 @@ from distributed_stiffness.gradients.loss_head import (
     loss_head,
     losses_of,
     whole_loss_head,
+)
+from distributed_stiffness.gradients.memory_format import (
+    has_convolutions,
+    image_in,
+    laid_out_for_a_cpu,
 )
 from distributed_stiffness.gradients.mending import Doubtful, together
 from distributed_stiffness.gradients.precision import (
@@ -111,8 +114,8 @@ class PerExampleGradients:
         model = _in_dtype(model, self.precision.network)
         self.model, self._image_format = model, torch.preserve_format
         on_cpu = self.device.type == "cpu" and self.precision.network == torch.float32
-        if on_cpu and _has_convolutions(model):
-            self.model, self._image_format = _laid_out_for_a_cpu(model, sample[0])
+        if on_cpu and has_convolutions(model):
+            self.model, self._image_format = laid_out_for_a_cpu(model, sample[0])
         self._bind(in_play)
         self._writes_inputs = False
         self._sample: tuple[Nest, Nest] = take(sample, slice(EXAMPLES))
@@ -331,7 +334,7 @@ class PerExampleGradients:
 
     def _prepared(self, inputs: Nest) -> Nest:
         prepared = prepare(inputs, self.precision.network, self.device)
-        return map_tensors(lambda t: _image_in(self._image_format, t), prepared)
+        return map_tensors(lambda t: image_in(self._image_format, t), prepared)
 
     def _on_device(self, targets: Nest) -> Nest:
         return map_tensors(lambda t: t.to(self.device), targets)
@@ -751,57 +754,6 @@ def _dropout_share(module: nn.Module) -> float:
     if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
         return float(module.dropout)
     return 0.0
-
-
-def _has_convolutions(model: nn.Module) -> bool:
-    return any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in model.modules())
-
-
-def _laid_out_for_a_cpu(model: nn.Module, inputs: Nest) -> tuple[nn.Module, torch.memory_format]:
-    """Return a copy whose images lie in memory as is best, and how.
-
-    A CPU's convolutions like channels last. Where groups of channels are normalised they lie
-    channel by channel: torch takes the variance of others as E[x²] − E[x]², of which flat images
-    leave three digits (docs/design/0002-numbers.md). The model itself where it takes images that
-    lie channel by channel alone (`view`), or cannot be copied.
-    """
-    try:
-        copied = copy.deepcopy(model).to(memory_format=torch.channels_last)
-        few = prepare(take(inputs, slice(3)), torch.float32, torch.device("cpu"))
-        few = map_tensors(torch.clone, few)  # a network may write into its inputs
-        args, kwargs = arguments(map_tensors(lambda t: _image_in(torch.channels_last, t), few))
-        with torch.no_grad(), _Calls() as calls:
-            copied(*args, **kwargs)
-    except Exception:  # whatever a network's own code raises
-        return model, torch.preserve_format
-    has_groups = bool(calls.seen & {F.group_norm, torch.group_norm})
-    best = torch.contiguous_format if has_groups else torch.channels_last
-    return copied.to(memory_format=best), best
-
-
-def _image_in(memory_format: torch.memory_format, t: Tensor) -> Tensor:
-    if t.dim() != 4 or memory_format == torch.preserve_format:
-        return t
-    return t.contiguous(memory_format=memory_format)
-
-
-class _Calls(TorchFunctionMode):
-    """Note which functions a network calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[Callable[..., Any]] = set()
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Note it, and make the call."""
-        self.seen.add(func)
-        return func(*args, **(kwargs or {}))
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
