@@ -20,6 +20,7 @@ from typing import Self
 
 import psutil
 import pytest
+from ports import free_port
 from studies import hears_ctrl_c, tiny_study
 from troublesome import FSYNC_SECONDS
 
@@ -299,14 +300,6 @@ class Head:
         """SIGKILL it with everything that it has started."""
         kill_tree(self.process.pid)
         self.process.wait()
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _name(process: psutil.Process) -> str:

@@ -23,12 +23,12 @@ from faults import (
     Head,
     count_tiles,
     environment_of_a_run,
-    free_port,
     replicas_below,
     slow_disk,
     slow_study,
     wait_until,
 )
+from ports import free_port
 from ray.cluster_utils import Cluster
 from studies import assert_same_bits
 
