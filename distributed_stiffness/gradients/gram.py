@@ -141,7 +141,7 @@ class Factors:
 
 def _product_of_factors(X_NTd: Tensor, Y_MSd: Tensor, precision: Precision) -> Tensor:
     """Return the products of all positions with all positions, (N·T, M·S) float32."""
-    X, Y = X_NTd.flatten(0, 1), Y_MSd.flatten(0, 1)
+    X, Y, precision = X_NTd.flatten(0, 1), Y_MSd.flatten(0, 1), precision.of_factors
     first, *others = pieces(slice(0, max(1, X.shape[1])), _FOLD_OF_FACTORS)
     total = precision.product(X[:, first], Y[:, first])
     for part in others:

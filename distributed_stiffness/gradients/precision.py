@@ -80,6 +80,11 @@ class Precision:
         else:
             total += self.product(X_NP, Y_MP)
 
+    @property
+    def of_factors(self) -> Precision:
+        """The mode in which factors are multiplied, which stay float32 where rows are bfloat16."""
+        return FLOAT32 if self.name == "bf16" else self
+
     def _is_bf16_on_cpu(self, rows: Tensor) -> bool:
         return self.name == "bf16" and not rows.is_cuda
 

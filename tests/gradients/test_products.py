@@ -73,6 +73,30 @@ def test_of_factors_keep_their_digits_where_all_terms_are_alike(length: int) -> 
     torch.testing.assert_close(found.double(), expected, atol=5e-7, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["float32", "float64", "bf16"])
+@pytest.mark.parametrize("length", [200, 785])
+def test_of_factors_are_not_rounded_to_bfloat16(
+    name: str, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Whichever processor would take the leave to do so: two roundings would multiply.
+    """
+    rounded: list[Tensor] = []
+    product = precision._bf16_product
+
+    def noted(X: Tensor, Y: Tensor) -> Tensor:
+        rounded.append(X)
+        return product(X, Y)
+
+    monkeypatch.setattr(precision, "_bf16_product", noted)
+    factors = Factors(unit_rows(8, length)[:, None], torch.ones(8, 1, 1), torch.zeros(8, 1))
+
+    with fast_float32():
+        factors.gram(factors, precision.precision_mode(name))
+
+    assert rounded == []
+
+
 @pytest.mark.parametrize("n", [1, 127, 128, 129, 513])
 @pytest.mark.usefixtures("routine")
 def test_of_rows_with_themselves_are_made_once_and_mirrored(n: int) -> None:
