@@ -97,14 +97,17 @@ def loss_head(loss: Loss, outputs: Nest, targets: Nest) -> LossHead:
         ModelError: the outputs do not fit the targets, or the loss is not one number an example.
         GradientError: an output or a loss is not finite.
     """
+    # Whatever mode is active sees the calls of the network and of its loss, and not ours.
     if loss == "cross_entropy":
         logits = logits_of(outputs)
         leaves = [i for i, leaf in enumerate(pytree.tree_leaves(outputs)) if leaf is logits]
-        with torch._C.DisableTorchFunction():  # modes see the calls of the network and of its loss
+        with torch._C.DisableTorchFunction():
             head = _cross_entropy(_finite(logits), targets, leaves[0])
         given = [logits]
     elif callable(loss):
-        head = _any_loss(loss, outputs, targets)
+        z, losses = losses_of(loss, outputs, targets)
+        with torch._C.DisableTorchFunction():
+            head = _any_loss(z, losses, targets)
         given = head.chosen(outputs)
     else:
         raise ModelError(f"unknown loss {loss!r}: expected 'cross_entropy' or a callable")
@@ -220,7 +223,7 @@ def _cross_entropy(z_NC: Tensor, targets: Nest, leaf: int) -> LossHead:
 def losses_of(
     loss: Callable[[Any, Any], Tensor], outputs: Nest, targets: Nest
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Call a loss on outputs in float64.
+    """Call a loss on outputs in float64, such that it can be differentiated.
 
     Returns:
         The floating-point outputs by their places among all, without history, and what it returned.
@@ -237,26 +240,16 @@ def losses_of(
     if not z:
         raise ModelError("the network returned no tensor of floating-point numbers")
     doubled = [z.get(i, leaf) for i, leaf in enumerate(leaves)]
-    return z, loss(pytree.tree_unflatten(doubled, structure), targets)
-
-
-def _any_loss(loss: Callable[[Any, Any], Tensor], outputs: Nest, targets: Nest) -> LossHead:
     with torch.enable_grad():
-        z, losses = losses_of(loss, outputs, targets)
-        first = next(iter(z.values()))
-        _require_one_an_example(losses, len(first))
+        return z, loss(pytree.tree_unflatten(doubled, structure), targets)
+
+
+def _any_loss(z: Mapping[int, Tensor], losses: Tensor, targets: Nest) -> LossHead:
+    first = next(iter(z.values()))
+    n = len(first)
+    _require_one_an_example(losses, n)
+    with torch.enable_grad():
         delta = torch.autograd.grad(losses.sum(), list(z.values()), allow_unused=True)
-    with torch._C.DisableTorchFunction():
-        return _head_of_any_loss(z, losses, delta, _is_correct(first, targets, len(first)))
-
-
-def _head_of_any_loss(
-    z: Mapping[int, Tensor],
-    losses: Tensor,
-    delta: Sequence[Tensor | None],
-    correct: Tensor,
-) -> LossHead:
-    n = len(losses)
     used = {i: d for i, d in zip(z, delta, strict=True) if d is not None}
     for i, d in used.items():
         _finite(z[i])
@@ -275,7 +268,7 @@ def _head_of_any_loss(
         loss=losses.detach(),
         directions=tuple(d / _beside(size, d) for d in directions),
         scale=peak * length,
-        correct=correct,
+        correct=_is_correct(first, targets, n),
         leaves=tuple(used),
     )
 

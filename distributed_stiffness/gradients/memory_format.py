@@ -20,19 +20,16 @@ from distributed_stiffness.gradients.batches import (
 )
 
 
-def has_convolutions(model: nn.Module) -> bool:
-    """Whether a network has layers that work on images."""
-    return any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in model.modules())
-
-
 def laid_out_for_a_cpu(model: nn.Module, inputs: Nest) -> tuple[nn.Module, torch.memory_format]:
     """Return a copy whose images lie in memory as is best, and how.
 
     A CPU's convolutions like channels last. Where groups of channels are normalised they lie
     channel by channel: torch takes the variance of others as E[x²] − E[x]², of which flat images
-    leave three digits (docs/design/0002-numbers.md). The model itself where it takes images that
-    lie channel by channel alone (`view`), or cannot be copied.
+    leave three digits (docs/design/0002-numbers.md). The model itself where it has no such layers,
+    takes images that lie channel by channel alone (`view`), or cannot be copied.
     """
+    if not any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in model.modules()):
+        return model, torch.preserve_format
     try:
         copied = copy.deepcopy(model).to(memory_format=torch.channels_last)
         few = prepare(take(inputs, slice(3)), torch.float32, torch.device("cpu"))

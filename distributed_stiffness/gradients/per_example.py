@@ -48,11 +48,7 @@ from distributed_stiffness.gradients.loss_head import (
     losses_of,
     whole_loss_head,
 )
-from distributed_stiffness.gradients.memory_format import (
-    has_convolutions,
-    image_in,
-    laid_out_for_a_cpu,
-)
+from distributed_stiffness.gradients.memory_format import image_in, laid_out_for_a_cpu
 from distributed_stiffness.gradients.mending import Doubtful, together
 from distributed_stiffness.gradients.precision import (
     fast_float32,
@@ -114,7 +110,7 @@ class PerExampleGradients:
         model = _in_dtype(model, self.precision.network)
         self.model, self._image_format = model, torch.preserve_format
         on_cpu = self.device.type == "cpu" and self.precision.network == torch.float32
-        if on_cpu and has_convolutions(model):
+        if on_cpu:
             self.model, self._image_format = laid_out_for_a_cpu(model, sample[0])
         self._bind(in_play)
         self._writes_inputs = False
@@ -269,8 +265,7 @@ class PerExampleGradients:
         with TakenApart():
             outputs = self._network.module(*args, **kwargs)
         if callable(self.loss):
-            with torch.enable_grad():  # as in the loss head: a loss may differentiate by itself
-                losses_of(self.loss, outputs, targets)
+            losses_of(self.loss, outputs, targets)
 
     @functools.cached_property
     def _in_float64(self) -> PerExampleGradients:
