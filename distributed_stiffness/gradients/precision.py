@@ -63,7 +63,7 @@ class Precision:
         if X_NP.dtype == torch.bfloat16:
             return _bf16_product(X_NP, Y_MP)
         if self.name == "tf32":
-            with _switched(torch.backends.cuda.matmul, "allow_tf32", True):
+            with _switched(_CUDA_PRODUCTS, "tf32"):
                 return X_NP @ Y_MP.T
         return X_NP @ Y_MP.T
 
@@ -101,10 +101,13 @@ _MODES = {
     )
 }
 PRECISIONS = tuple(_MODES)
-# Not in torch's stubs.
-_CPU_PRODUCTS: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009
-_CPU_CONVOLUTIONS: Any = getattr(torch.backends.mkldnn, "conv")  # noqa: B009
-_CPU_RECURRENT: Any = getattr(torch.backends.mkldnn, "rnn")  # noqa: B009
+# Where torch keeps a precision of float32: backend and operation. The older switches (`allow_tf32`,
+# `set_float32_matmul_precision`) write the same places, but cannot be read once a newer one is set.
+_CPU_PRODUCTS, _CPU_CONVOLUTIONS, _CPU_RECURRENT = (
+    ("mkldnn", operation) for operation in ("matmul", "conv", "rnn")
+)
+_CUDA_PRODUCTS = ("cuda", "matmul")
+_CUDA_CONVOLUTIONS, _CUDA_RECURRENT = ("cuda", "conv"), ("cuda", "rnn")
 _TRIAL = threading.Lock()  # a trial changes a setting of the process for a moment
 
 
@@ -160,7 +163,7 @@ def leave_is_not_taken() -> bool:
     """
     whole = torch.arange(4096, dtype=torch.float32, device="cpu")
     numbers = (7 * whole % 509).reshape(64, 64)
-    with _TRIAL, _switched(_CPU_PRODUCTS, "fp32_precision", "bf16"):
+    with _TRIAL, _switched(_CPU_PRODUCTS, "bf16"):
         return torch.equal((numbers @ numbers).double(), numbers.double() @ numbers.double())
 
 
@@ -176,19 +179,22 @@ def _bf16_product(X_NP: Tensor, Y_MP: Tensor) -> Tensor:
         return product
     # A CPU's product of bfloat16 tensors rounds its sums to bfloat16. float32 tensors that hold
     # bfloat16 numbers go through the same units without a loss, and the sums stay float32.
-    with _switched(_CPU_PRODUCTS, "fp32_precision", "bf16"):
+    with _switched(_CPU_PRODUCTS, "bf16"):
         return X_NP.float() @ Y_MP.float().T
 
 
 @contextlib.contextmanager
-def _switched(backend: Any, switch: str, value: Any) -> Iterator[None]:
-    """Set a switch of a torch backend for a while."""
-    before = getattr(backend, switch)
-    setattr(backend, switch, value)
+def _switched(place: tuple[str, str], precision: str) -> Iterator[None]:
+    """Set the precision of float32 in one place for a while."""
+    before = torch._C._get_fp32_precision_getter(*place)
+    if before == precision:  # to write it would part it from the switch that it follows
+        yield
+        return
+    torch._C._set_fp32_precision_setter(*place, precision)
     try:
         yield
     finally:
-        setattr(backend, switch, before)
+        torch._C._set_fp32_precision_setter(*place, before)
 
 
 @dataclass(eq=False)
@@ -198,7 +204,7 @@ class _Shared:
     The first that comes sets them, the last that goes restores what was.
     """
 
-    wanted: Callable[[], Sequence[tuple[Any, str, Any]]]  # backend, switch, value of each
+    wanted: Callable[[], Sequence[tuple[tuple[str, str], str]]]  # place, precision
     lock: threading.Lock = field(default_factory=threading.Lock)
     inside: int = 0
     settings: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -225,17 +231,19 @@ class _Shared:
 
 
 _FULL = _Shared(
-    lambda: (
-        (torch.backends.cudnn, "allow_tf32", False),
-        (torch.backends.cuda.matmul, "allow_tf32", False),
-        (_CPU_PRODUCTS, "fp32_precision", "ieee"),
-        (_CPU_CONVOLUTIONS, "fp32_precision", "ieee"),
-        (_CPU_RECURRENT, "fp32_precision", "ieee"),
-    )
+    lambda: [
+        (place, "ieee")
+        for place in (
+            _CUDA_PRODUCTS,
+            _CUDA_CONVOLUTIONS,
+            _CUDA_RECURRENT,
+            _CPU_PRODUCTS,
+            _CPU_CONVOLUTIONS,
+            _CPU_RECURRENT,
+        )
+    ]
 )
-_ONEDNN = _Shared(
-    lambda: ((_CPU_PRODUCTS, "fp32_precision", "bf16"),) if onednn_multiplies() else ()
-)
+_ONEDNN = _Shared(lambda: [(_CPU_PRODUCTS, "bf16")] if onednn_multiplies() else [])
 
 
 def full_float32() -> contextlib.AbstractContextManager[None]:
