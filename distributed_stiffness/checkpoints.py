@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed_stiffness.errors import StoreError
+from distributed_stiffness.paths import Location, located
 from distributed_stiffness.study import rate_in_words
 
 METRICS = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
@@ -62,8 +63,8 @@ class Checkpoints:
             file, and a file with another one is refused; None reads whatever is there.
     """
 
-    def __init__(self, url: str | Path, *, identity: str | None = None) -> None:
-        self.url, self.identity = str(url), identity
+    def __init__(self, url: Location, *, identity: str | None = None) -> None:
+        self.url, self.identity = located(url, "checkpoints", StoreError), identity
         self._fs, self._root = fsspec.core.url_to_fs(self.url)
 
     def exists(self, run: TrainingRun, iteration: int) -> bool:

@@ -951,7 +951,7 @@ class TestCommand:
 
         assert code == 0, err
         assert "0.01     0         10  runs/lr0.01/step-10.safetensors" in out
-        assert out.index("step-10.safetensors") < out.index("Report: out/report.html")
+        assert out.index("step-10.safetensors") < out.index(f"Report: {Path.cwd()}/out/report.html")
         assert xr.open_zarr("out.zarr").sizes["iteration"] == 2
 
     def test_sums_alone_and_an_answer_for_machines(self, stiffness):

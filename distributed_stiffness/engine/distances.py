@@ -24,6 +24,7 @@ from distributed_stiffness.engine.prepare import Run
 from distributed_stiffness.errors import DataError, ModelError, StoreError, StudyError
 from distributed_stiffness.gradients.batches import call, from_numpy, map_tensors, tensors
 from distributed_stiffness.gradients.precision import product_of_rows
+from distributed_stiffness.paths import Location
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.store import Store, refuse_another_study, training_run, weights_key
 from distributed_stiffness.study import training_identity
@@ -101,7 +102,7 @@ def _kind(text: str) -> Kind:
 
 
 def add_distances(
-    run: Run,
+    run: Run | Location,
     wanted: Sequence[str] = (),
     *,
     own: Mapping[str, Own] | None = None,
@@ -110,7 +111,8 @@ def add_distances(
     """Add distances of pairs to a store that is there, as variables beside `distance`.
 
     Args:
-        run: where store, checkpoints and data are; the rest of it is not looked at.
+        run: where store, checkpoints and data are (the rest of it is not looked at); or path or
+            URL of the store.
         wanted: any of "euclidean", of the inputs as the network sees them; "latent:LAYER", the
             cosine distance of a layer's outputs at each checkpoint, flattened, and
             "latent:LAYER:euclidean". LAYER is the name of a module (`model.named_modules()`).
@@ -130,6 +132,7 @@ def add_distances(
         DataError: a distance is not finite, or not symmetric.
         ModelError: the network has no such layer, or it returns no tensor of the examples.
     """
+    run = Run.of(run)
     if progress is None:
         with Progress(quiet=run.quiet) as progress:
             return add_distances(run, wanted, own=own, progress=progress)

@@ -19,7 +19,7 @@ from distributed_stiffness.engine.lease import Lease
 from distributed_stiffness.engine.prediction import Speed
 from distributed_stiffness.engine.speed import measure, measure_checks
 from distributed_stiffness.engine.sums import Folding, bin_edges, bytes_of_sums
-from distributed_stiffness.errors import StudyError
+from distributed_stiffness.errors import StoreError, StudyError
 from distributed_stiffness.factories import import_loss
 from distributed_stiffness.gradients.batches import Nest, call, from_numpy
 from distributed_stiffness.gradients.budget import fit
@@ -27,6 +27,7 @@ from distributed_stiffness.gradients.per_example import EXAMPLES, PerExampleGrad
 from distributed_stiffness.gradients.precision import precision_mode
 from distributed_stiffness.gradients.self_check import self_check
 from distributed_stiffness.models import check_outputs
+from distributed_stiffness.paths import Location, is_url, located, require_writable
 from distributed_stiffness.plan import Plan
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.store import (
@@ -42,11 +43,18 @@ from distributed_stiffness.training import build_model
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where and how a study is computed; nothing here changes a number beyond the error bound."""
+    """Where and how a study is computed; nothing here changes a number beyond the error bound.
 
-    store: str = "results/study.zarr"
-    checkpoints: str | None = None  # None: beside the store
-    data_directory: str | None = None
+    Places may be given as text or as any path; they are kept absolute, since a replica may have
+    another working directory (`paths.located`).
+
+    Raises:
+        StudyError: one is no path and no URL.
+    """
+
+    store: Location = "results/study.zarr"
+    checkpoints: Location | None = None  # None: beside the store
+    data_directory: Location | None = None
     download: bool = True
     engine: Literal["ray", "serial"] = "ray"
     address: str | None = None  # of a Ray cluster; None: RAY_ADDRESS, else a local one is started
@@ -58,16 +66,41 @@ class Run:
     wait_for_nodes: float | None = None  # seconds; None: only when an autoscaler can help
     quiet: bool = False
 
-    @property
-    def checkpoint_folder(self) -> str:
-        """Where checkpoints go: STORE without .zarr, plus .checkpoints."""
-        beside = f"{self.store.rstrip('/').removesuffix('.zarr')}.checkpoints"
-        return _absolute(self.checkpoints or beside)
+    def __post_init__(self) -> None:
+        for name in ("store", "checkpoints", "data_directory"):
+            given = getattr(self, name)
+            if given is not None:
+                object.__setattr__(self, name, located(given, name.replace("_", " ")))
+
+    @classmethod
+    def of(cls, run: Run | Location) -> Run:
+        """Return a run as it is, and one of a store that is given by its place alone."""
+        return run if isinstance(run, Run) else cls(store=run)
 
     @property
     def store_url(self) -> str:
-        """The store, absolute: a replica may have another working directory."""
-        return _absolute(self.store)
+        """Absolute path or URL of the store."""
+        return str(self.store)
+
+    @property
+    def checkpoint_folder(self) -> str:
+        """Where checkpoints go: STORE without .zarr, plus .checkpoints."""
+        return str(self.checkpoints or f"{self.store_url.removesuffix('.zarr')}.checkpoints")
+
+    def require_writable(self) -> None:
+        """Refuse places of this machine that cannot be written, now and not after hours of work.
+
+        Raises:
+            StoreError: the store, its checkpoints or the folder of either cannot be written.
+        """
+        places = {
+            "the store": (self.store_url, "give another --store"),
+            "checkpoints": (self.checkpoint_folder, "give another --checkpoints, or --store"),
+        }
+        for what, (place, remedy) in places.items():
+            if not is_url(place):
+                for folder in (Path(place), Path(place).parent):
+                    require_writable(folder, what, remedy, StoreError)
 
 
 @dataclass(frozen=True)
@@ -262,7 +295,3 @@ def _try_loss(
 def _unused(gradients: PerExampleGradients) -> str:
     unused = gradients.recipe.unused
     return f"; without a gradient: {', '.join(unused)}" if unused else ""
-
-
-def _absolute(url: str) -> str:
-    return url if "://" in url else str(Path(url).absolute())

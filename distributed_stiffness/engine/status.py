@@ -11,6 +11,7 @@ from typing import Any
 
 from distributed_stiffness.checkpoints import TrainingRun
 from distributed_stiffness.engine.lease import is_alive, read_lease
+from distributed_stiffness.paths import Location, located
 from distributed_stiffness.plan import Plan
 from distributed_stiffness.store import Store, training_run
 from distributed_stiffness.study import Study
@@ -97,13 +98,13 @@ class Status:
         return "not complete, and nobody computes it: run the same command again to go on"
 
 
-def status(url: str) -> Status:
+def status(url: Location) -> Status:
     """Return how far the study of a store is.
 
     Raises:
         StoreError: there is no store.
     """
-    store = Store(url)
+    store = Store(located(url, "store"))
     attrs, contents = store.attrs, store.contents()
     study = Study.model_validate_json(attrs["study"])
     tiles = Plan.from_json(attrs["plan"]).tiling.n_chunks ** 2
@@ -116,12 +117,12 @@ def status(url: str) -> Status:
             CheckpointStatus(run.learning_rate, run.seed, iteration, there, tiles, checked)
         )
     return Status(
-        store=url,
+        store=store.url,
         title=attrs["title"],
         finished=attrs.get("finished"),
         distance_tiles=len(contents.distance),
         checkpoints=tuple(checkpoints),
-        run=read_lease(url),
+        run=read_lease(store.url),
     )
 
 

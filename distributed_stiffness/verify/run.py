@@ -12,6 +12,7 @@ from distributed_stiffness.data.selection import select
 from distributed_stiffness.engine import Run, run_study
 from distributed_stiffness.engine.lease import Lease, read_lease
 from distributed_stiffness.errors import StiffnessError, StoreError, StudyError
+from distributed_stiffness.paths import Location
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.store import STORAGE_ERRORS, Store
 from distributed_stiffness.study import training_identity
@@ -28,7 +29,7 @@ SAMPLE = 3  # examples of each chunk: nine pairs of every tile
 
 
 def verify_store(
-    run: Run,
+    run: Run | Location,
     *,
     repair: bool = False,
     sample: int = SAMPLE,
@@ -38,7 +39,8 @@ def verify_store(
     """Read every chunk of a store, check its numbers, and compute a sample of them again.
 
     Args:
-        run: where the store, its checkpoints and its data are; and how a repair computes.
+        run: where the store, its checkpoints and its data are, and how a repair computes; or path
+            or URL of the store.
         repair: delete what is wrong, compute it again, and look once more. A store that is not
             finished is left without what was wrong, for the run that completes it.
         sample: examples of each chunk that are computed again, 2 or more.
@@ -54,6 +56,7 @@ def verify_store(
     """
     if sample < 2:
         raise StudyError(f"sample is {sample}: expected 2 or more examples of each chunk")
+    run = Run.of(run)
     if progress is None:
         with Progress(quiet=run.quiet) as progress:
             return verify_store(run, repair=repair, sample=sample, seed=seed, progress=progress)

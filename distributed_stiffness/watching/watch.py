@@ -34,6 +34,7 @@ from distributed_stiffness.gradients.loss_head import Loss, WholeLoss
 from distributed_stiffness.gradients.per_example import EXAMPLES, PerExampleGradients
 from distributed_stiffness.gradients.self_check import self_check
 from distributed_stiffness.models import check_outputs
+from distributed_stiffness.paths import Location
 from distributed_stiffness.plan import Plan, in_words
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.store import (
@@ -96,7 +97,7 @@ def watch(
     loss: Loss,
     sample: Examples | str,
     *,
-    store: str,
+    store: Location,
     every: int | Collection[int] = 100,
     budget: float | None = BUDGET,
     examples: int | None = None,
