@@ -18,6 +18,8 @@ import reference
 import torch
 from torch import Tensor, nn
 
+from distributed_stiffness.errors import StiffnessError
+
 TOKENS, FEATURES, WIDTH, CLASSES = 20, 6, 8, 3
 Inputs = Any
 Value = Callable[[nn.Module, Any, Any], Tensor]
@@ -103,6 +105,16 @@ def one_at_a_time_at_most(*also: str) -> Iterator[None]:
     other = [text for text in said if "one example at a time" not in text]
     assert not other, other
     assert len(said) <= 1, said
+
+
+def right_or_said(call: Callable[[], Any]) -> tuple[Any, str]:
+    """What a call returns, or the sentence with which it refuses: one that asks for no report."""
+    try:
+        return call(), ""
+    except StiffnessError as error:
+        said = str(error)
+    assert "please report" not in said
+    return None, said
 
 
 def assert_cosines(got: Any, true: Tensor, within: float = 1e-5) -> None:
