@@ -66,8 +66,12 @@ def class_loss(net: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
 
 
 def true_rows(net: nn.Module, inputs: Any, targets: Any, value: Value = class_loss) -> Tensor:
-    """g_NP by autograd, one example at a time, in float64; a complex number counts as two."""
-    wide = copy.deepcopy(net)._apply(in_float64)
+    """g_NP by autograd, one example at a time, in float64; a complex number counts as two.
+
+    A network of float64 is taken as it is, any other as a copy.
+    """
+    own = {p.dtype for p in net.parameters()} <= {torch.float64, torch.complex128}
+    wide = net if own else copy.deepcopy(net)._apply(in_float64)
     parameters = [p for p in wide.parameters() if p.requires_grad]
     rows = []
     n = len(next(iter(inputs.values())) if isinstance(inputs, dict) else leaf(inputs))
@@ -77,6 +81,17 @@ def true_rows(net: nn.Module, inputs: Any, targets: Any, value: Value = class_lo
         real = [torch.view_as_real(g) if g.is_complex() else g.to_dense() for g in grads]
         rows.append(torch.cat([g.detach().flatten() for g in real]))
     return torch.stack(rows)
+
+
+def twin_of(made: Callable[[], nn.Module], net: nn.Module) -> nn.Module:
+    """The same numbers in float64, in a network that was never run."""
+    twin = made().double().eval()
+    with torch.no_grad():
+        for mine, its in zip(twin.parameters(), net.parameters(), strict=True):
+            mine.copy_(its)
+        for name, mine in twin.named_buffers():
+            mine.copy_(net.get_buffer(name))
+    return twin
 
 
 def leaf(tree: Any) -> Tensor:
