@@ -44,6 +44,7 @@ from distributed_stiffness.analysis.pairs import (
     SQUARE_SUMS,
     SUMS_DIMS,
     WEIGHTED_SUMS,
+    as_text,
 )
 from distributed_stiffness.analysis.reduced import (
     DESCRIPTIONS,
@@ -51,6 +52,7 @@ from distributed_stiffness.analysis.reduced import (
     distance_coordinates,
     sums_coordinates,
 )
+from distributed_stiffness.attributes import decoded, encoded
 from distributed_stiffness.checkpoints import (
     METRICS,
     TrainingRun,
@@ -60,6 +62,7 @@ from distributed_stiffness.checkpoints import (
 from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.errors import StoreError
 from distributed_stiffness.gradients.error_bound import MARGIN
+from distributed_stiffness.paths import Location, located
 from distributed_stiffness.plan import Plan, in_words
 from distributed_stiffness.study import NOT_GIVEN, Study, Training, differences, fingerprint
 from distributed_stiffness.tiling import Checkpoint, Tile, TileSet, Tiling
@@ -219,13 +222,13 @@ class _DurableLocalStore(zarr.storage.LocalStore):
 class Store:
     """An open store; one in the driver, one in each replica."""
 
-    def __init__(self, url: str | Path) -> None:
+    def __init__(self, url: Location) -> None:
         """Open an existing store.
 
         Raises:
             StoreError: there is none, or its schema is not this version's.
         """
-        self.url = str(url)
+        self.url = located(url, "store", StoreError)
         try:
             # Its own zarr.json, not the consolidated copy: the driver's attributes change.
             self.group = zarr.open_group(_backend(self.url), mode="r+", use_consolidated=False)
@@ -267,9 +270,8 @@ class Store:
 
     @property
     def attrs(self) -> Mapping[str, Any]:
-        """The group's attributes."""
-        attributes: dict[str, Any] = _read_metadata(self.url)["attributes"]
-        return attributes
+        """The group's attributes; mappings as such, however they are kept."""
+        return decoded(_read_metadata(self.url)["attributes"])
 
     def study(self) -> Study:
         """Return the study that the store is of.
@@ -451,7 +453,7 @@ class Store:
 
     def set_attrs(self, **attrs: Any) -> None:
         """Change attributes in one write; only the driver may."""
-        self._edit_attrs(lambda attributes: attributes.update(attrs))
+        self._edit_attrs(lambda attributes: attributes.update(encoded(attrs)))
 
     def _edit_attrs(self, edit: Callable[[dict[str, Any]], None]) -> None:
         """Change attributes in one write."""
@@ -471,7 +473,7 @@ class Store:
 
     def _opened(self) -> dict[str, Any]:
         """Open every variable: those of the schema, and the distances that were added."""
-        added: Any = self.group.attrs.get(ADDED, [])
+        added = decoded(self.group.attrs.asdict()).get(ADDED, [])
         return {name: _array(self.group, name) for name in (*_variables(self.keeps), *added)}
 
     # Distances that are added (engine/distances.py)
@@ -531,11 +533,13 @@ class Store:
                 if "iteration" in dims:
                     array["shape"][dims.index("iteration")] = len(iterations)
             attributes = metadata["attributes"]
-            attributes |= {
-                "study": study.model_dump_json(),
-                "fingerprint": dict(identity),
-                "plan": plan.to_json(),
-            }
+            attributes |= encoded(
+                {
+                    "study": study.model_dump_json(),
+                    "fingerprint": dict(identity),
+                    "plan": plan.to_json(),
+                }
+            )
             attributes.pop("finished", None)
 
         self._edit_metadata(edit)
@@ -577,7 +581,7 @@ class Store:
 
         def edit(attributes: dict[str, Any]) -> None:
             del attributes["finished"]
-            attributes["mending"] = True
+            attributes |= encoded({"mending": True})
 
         if "finished" in self.attrs:
             self._edit_attrs(edit)
@@ -588,7 +592,7 @@ def _every_tile(n_chunks: int) -> Iterator[Tile]:
 
 
 def create_or_continue(
-    url: str | Path,
+    url: Location,
     study: Study,
     data: StudyData,
     plan: Plan,
@@ -602,9 +606,10 @@ def create_or_continue(
         StoreError: the store belongs to another study (names what differs), the path cannot be
             written, or the disk has too little room.
     """
-    if not is_there(str(url)):
+    url = located(url, "store", StoreError)
+    if not is_there(url):
         now = fingerprint(study, content=data.content_hash(), tile=plan.tile)
-        return _retrying()(_create, str(url), study, data, plan, now, edges and edges())
+        return _retrying()(_create, url, study, data, plan, now, edges and edges())
     store = Store(url)
     _refuse_differences(store, study, data, tile=plan.tile)
     store.sweep()
@@ -612,14 +617,14 @@ def create_or_continue(
 
 
 def refuse_another_study(
-    url: str | Path, study: Study, data: StudyData, *, tile: int | None
+    url: Location, study: Study, data: StudyData, *, tile: int | None
 ) -> None:
     """Compare fingerprints, where there is a store; `tile` None takes the store's.
 
     Raises:
         StoreError: it belongs to another study; names each field that differs, was and is.
     """
-    if is_there(str(url)):
+    if is_there(url):
         _refuse_differences(Store(url), study, data, tile=tile)
 
 
@@ -667,31 +672,33 @@ def _create(
         group = zarr.create_group(
             _backend(url),
             overwrite=True,  # what a run that died left half laid out holds no chunk
-            attributes={
-                "schema_version": SCHEMA_VERSION,
-                "title": study.title,
-                "dataset": labelled.name,
-                "dataset_source": labelled.source,
-                "dataset_verified": labelled.verified,
-                "model": study.model.name,
-                "preprocessing": data.preprocessing.describe(),
-                "class_names": json.dumps(labelled.class_names),
-                **(
-                    {"superclass_names": json.dumps(labelled.superclass_names)}
-                    if labelled.superclass_names
-                    else {}
-                ),
-                **({"keep": study.keep} if study.keep == "sums" else {}),
-                "study": study.model_dump_json(),
-                "fingerprint": dict(identity),
-                "plan": plan.to_json(),
-                "weights": {},
-                "versions": _versions(),
-                **_git_revision(),
-                "created": now(),
-                # How xarray tells labels from variables.
-                "coordinates": " ".join(c.name for c in coordinates if c.name not in c.dims),
-            },
+            attributes=encoded(
+                {
+                    "schema_version": SCHEMA_VERSION,
+                    "title": study.title,
+                    "dataset": labelled.name,
+                    "dataset_source": labelled.source,
+                    "dataset_verified": labelled.verified,
+                    "model": study.model.name,
+                    "preprocessing": data.preprocessing.describe(),
+                    "class_names": json.dumps(labelled.class_names),
+                    **(
+                        {"superclass_names": json.dumps(labelled.superclass_names)}
+                        if labelled.superclass_names
+                        else {}
+                    ),
+                    **({"keep": study.keep} if study.keep == "sums" else {}),
+                    "study": study.model_dump_json(),
+                    "fingerprint": dict(identity),
+                    "plan": plan.to_json(),
+                    "weights": {},
+                    "versions": _versions(),
+                    **_git_revision(),
+                    "created": now(),
+                    # How xarray tells labels from variables.
+                    "coordinates": " ".join(c.name for c in coordinates if c.name not in c.dims),
+                }
+            ),
         )
         sizes = {
             "learning_rate": len(study.training.learning_rates),
@@ -744,16 +751,17 @@ def _create_coordinate(group: zarr.Group, coordinate: _Coordinate) -> None:
     if values.dtype.kind in "if":
         attributes["units"] = "1"
     most = _ITERATIONS if coordinate.name == "iteration" else 1  # it may grow within its chunk
-    array = group.create_array(
-        coordinate.name,
-        shape=values.shape,
-        chunks=tuple(max(size, most) for size in values.shape),
-        dtype=str if values.dtype == object else values.dtype,
-        dimension_names=coordinate.dims,
-        attributes=attributes,
-        config={"write_empty_chunks": True},
-    )
-    array[:] = values
+    with _specified_since():
+        array = group.create_array(
+            coordinate.name,
+            shape=values.shape,
+            chunks=tuple(max(size, most) for size in values.shape),
+            dtype=values.dtype,
+            dimension_names=coordinate.dims,
+            attributes=attributes,
+            config={"write_empty_chunks": True},
+        )
+        array[:] = values
 
 
 @dataclass(frozen=True)
@@ -820,18 +828,14 @@ def _labels(data: StudyData) -> Iterator[tuple[str, np.ndarray, str]]:
     """What is known of each example: name, value for each, meaning."""
     labelled, labels = data.labelled, data.examples.labels
     yield "label", labels, "class, counted from 0"
-    yield "class_name", _text(labelled.class_names[k] for k in labels), "name of the class"
-    yield "split", _text(data.split), "split of the data set"
+    yield "class_name", as_text([labelled.class_names[k] for k in labels]), "name of the class"
+    yield "split", as_text(data.split), "split of the data set"
     yield "index", data.index, "position in the split"
     if labelled.superclass_names and labelled.superclass_of_class:
         above = np.asarray(labelled.superclass_of_class, dtype=np.int64)[labels]
-        names = _text(labelled.superclass_names[k] for k in above)
+        names = as_text([labelled.superclass_names[k] for k in above])
         yield "superclass", above, "super-class, counted from 0"
         yield "superclass_name", names, "name of the super-class"
-
-
-def _text(values: Iterable[str]) -> np.ndarray:
-    return np.asarray(list(values), dtype=object)
 
 
 def _lead(checkpoint: Checkpoint | None) -> tuple[int, ...]:
@@ -872,12 +876,13 @@ def chunk_in_memory(values: np.ndarray) -> Any:
     )
 
 
-def is_there(url: str) -> bool:
+def is_there(url: Location) -> bool:
     """Whether a store is laid out at a path or URL.
 
     Raises:
         StoreError: something else is there, or it cannot be looked into.
     """
+    url = located(url, "store", StoreError)
     try:
         filesystem, root = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
@@ -923,11 +928,21 @@ def _read_metadata(url: str) -> dict[str, Any]:
 
 
 def _consolidate(url: str) -> None:
-    with warnings.catch_warnings():
-        # Consolidated metadata is not in the v3 specification yet; xarray reads it, and warns
-        # where it is missing.
-        warnings.filterwarnings("ignore", message="Consolidated metadata")
+    with _specified_since():
         zarr.consolidate_metadata(_backend(url))
+
+
+@contextlib.contextmanager
+def _specified_since() -> Iterator[None]:
+    """Leave out what zarr warns of: a part of the format that its release does not know as one.
+
+    Text of fixed length got its specification (`fixed_length_utf32`) after zarr 3.1 was written;
+    consolidated metadata have none yet, but xarray reads them, and warns where they are missing.
+    """
+    with warnings.catch_warnings():
+        for known in ("Consolidated metadata", r"The data type \(FixedLengthUTF32"):
+            warnings.filterwarnings("ignore", message=known)
+        yield
 
 
 @contextlib.contextmanager

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from itertools import combinations_with_replacement
 from typing import Any
 
-import numpy as np
 import xarray as xr
 
 from distributed_stiffness.analysis.classes import within_between
-from distributed_stiffness.analysis.pairs import Splits, with_labels_in_memory
+from distributed_stiffness.analysis.pairs import Splits, as_text, with_labels_in_memory
 from distributed_stiffness.errors import DataError
 
 
@@ -65,6 +64,6 @@ def split_blocks(
         join="outer",
         combine_attrs="drop_conflicts",
     )
-    names = np.array(["-".join(splits) for splits in found], dtype=object)
+    names = as_text(["-".join(splits) for splits in found])
     attrs = {"long_name": "splits of the two examples"}
     return result.assign_coords(block=("block", names, attrs))

@@ -16,10 +16,12 @@ from distributed_stiffness.analysis.cells import (
     mean_errors,
     pooled_errors,
 )
+from distributed_stiffness.analysis.identities import COLUMN_IDENTITY, ROW_IDENTITY, occurrences
 from distributed_stiffness.analysis.jackknife import MEASURES, error_attrs
 from distributed_stiffness.analysis.pairs import (
     Grouping,
     Splits,
+    as_text,
     checkpoint_coordinates,
     grouping,
     origin,
@@ -196,14 +198,10 @@ def membership(codes: np.ndarray, names: np.ndarray, dim: str, by: str) -> xr.Da
 
 def _possible_pairs(chosen: xr.Dataset, groups: Grouping) -> np.ndarray:
     """Count the ordered pairs that there are when nothing is missing; float64, exact."""
-    n = len(groups)
-    counts = np.outer(
-        np.bincount(groups.rows, minlength=n), np.bincount(groups.columns, minlength=n)
-    )
-    place = {identity: j for j, identity in enumerate(chosen["column_identity"].values.tolist())}
-    for i, identity in enumerate(chosen["row_identity"].values.tolist()):
-        if identity in place:
-            counts[groups.rows[i], groups.columns[place[identity]]] -= 1
+    rows, columns = (np.bincount(of, minlength=len(groups)) for of in (groups.rows, groups.columns))
+    counts = np.outer(rows, columns)
+    own = occurrences(chosen[ROW_IDENTITY].values, chosen[COLUMN_IDENTITY].values)
+    np.subtract.at(counts, (groups.rows, groups.rows), own)
     return counts.astype(np.float64)
 
 
@@ -285,7 +283,5 @@ def class_means(matrix: xr.Dataset, mask: xr.DataArray, *, weight: str) -> xr.Da
 
 def relation_coordinate(*names: str) -> dict[str, xr.DataArray]:
     """Return the coordinate that names the relations."""
-    values = np.empty(len(names), dtype=object)
-    values[:] = names
     attrs = {"long_name": "relation of the two examples' classes"}
-    return {"relation": xr.DataArray(values, dims="relation", attrs=attrs)}
+    return {"relation": xr.DataArray(as_text(names), dims="relation", attrs=attrs)}

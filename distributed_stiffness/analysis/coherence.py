@@ -13,14 +13,8 @@ import numpy as np
 import xarray as xr
 
 from distributed_stiffness.analysis.pairs import Splits
-from distributed_stiffness.analysis.products import (
-    Selection,
-    Sums,
-    kernel_sums,
-    named,
-    one_set,
-    ratio,
-)
+from distributed_stiffness.analysis.products import Sums, kernel_sums, named, ratio
+from distributed_stiffness.analysis.selection import Selection, one_set
 
 _ATTRS = {
     "mean_product": {

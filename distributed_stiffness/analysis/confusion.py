@@ -16,7 +16,8 @@ import numpy as np
 import xarray as xr
 
 from distributed_stiffness.analysis.pairs import Splits, leading_dims
-from distributed_stiffness.analysis.products import Block, Selection, one_set
+from distributed_stiffness.analysis.products import Block
+from distributed_stiffness.analysis.selection import Selection, one_set
 from distributed_stiffness.errors import DataError
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+from distributed_stiffness.attributes import decoded
+
 CURVES = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
 
 
@@ -16,7 +18,8 @@ def checkpoint_curves(ds: xr.Dataset) -> xr.Dataset:
         validation_loss, validation_accuracy, error_bound, undecided as in the store (those that it
         has), and
 
-        undecided_share: undecided pairs divided by all pairs; NaN where it was not checked;
+        undecided_share: undecided pairs divided by all pairs; NaN where it was not checked, and
+            where examples of the store are left out;
         zero_gradients: examples whose gradient is zero (int64).
     """
     names = [name for name in (*CURVES, "error_bound", "undecided") if name in ds]
@@ -24,7 +27,10 @@ def checkpoint_curves(ds: xr.Dataset) -> xr.Dataset:
     if "epoch" in ds.coords:
         result = result.assign_coords(epoch=ds["epoch"])
     if "undecided" in ds:
-        result["undecided_share"] = _share(ds["undecided"], ds.sizes["example"])
+        n = ds.sizes["example"]
+        whole = decoded(ds.attrs).get("plan", {}).get("n_examples", n) == n
+        # Undecided pairs are counted over all examples: of some of them nobody knows.
+        result["undecided_share"] = _share(ds["undecided"] if whole else ds["undecided"] * 0 - 1, n)
     if "gradient_norm" in ds:
         result["zero_gradients"] = (
             (ds["gradient_norm"] == 0)

@@ -17,6 +17,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
+from distributed_stiffness.analysis.classes import relation_coordinate
 from distributed_stiffness.analysis.jackknife import (
     MEASURES,
     Examples,
@@ -33,6 +34,7 @@ from distributed_stiffness.analysis.pairs import (
     DISTANCE_SUMS,
     Labels,
     Splits,
+    as_text,
     checkpoint_coordinates,
     grouping,
     labels,
@@ -88,8 +90,8 @@ def distance_profile(
     """
     binned = binned_sums(ds, bins, edges, distance=distance, splits=splits)
     sums = _of_rows(binned).sum("example")
-    both = sums.sum("relation").expand_dims(relation=["all"])
-    sums = xr.concat([both, sums], dim="relation")
+    both = sums.sum("relation").expand_dims("relation")
+    sums = xr.concat([both, sums.drop_vars("relation")], dim="relation")
     result = xr.Dataset(
         {
             "cosine": sums["cosine_sum"] / sums["cosine_pairs"].where(sums["cosine_pairs"] > 0),
@@ -106,7 +108,7 @@ def distance_profile(
     for k, measure in enumerate(MEASURES):
         attrs = error_attrs(_ATTRS[measure], "one example is in more than half of the pairs")
         result[f"{measure}_error"] = errors.isel(measure=k).assign_attrs(attrs)
-    result["relation"].attrs = {"long_name": "relation of the two examples' classes"}
+    result = result.assign_coords(relation_coordinate("all", "within", "between"))
     return result.assign_coords(checkpoint_coordinates(ds))
 
 
@@ -248,10 +250,10 @@ def _of_rows(binned: BinnedSums) -> xr.Dataset:
     return xr.Dataset(
         {name: (dims, binned.sides[0][..., k]) for k, name in enumerate(SUMS)},
         coords=kept
-        | {"relation": ["within", "between"]}
+        | {"relation": as_text(["within", "between"])}
         | bin_coordinates(binned.edges, binned.distance),
         attrs={"splits": chosen.attrs["splits"]},
-    ).drop_vars("row_identity")
+    )
 
 
 def _sums(cosine: da.Array, distance: da.Array, labels: Labels, edges: np.ndarray) -> da.Array:

@@ -48,7 +48,7 @@ def at_equal_loss(result: xr.Dataset, loss: float) -> xr.Dataset:
     done = _interpolated(result, before, share)
     done["train_loss"] = xr.DataArray(float(loss), attrs=losses.attrs)
     done = done.set_coords("train_loss").assign_attrs(result.attrs)
-    return done.assign_attrs(never_reached=_names(reached))
+    return done.assign_attrs(never_reached="; ".join(_names(reached)))
 
 
 def common_losses(train_loss: xr.DataArray, count: int = 3) -> list[float]:
@@ -85,11 +85,11 @@ def at_equal_losses(result: xr.Dataset, losses: Sequence[float] | None = None) -
     if not losses:
         raise DataError("there is no training loss that every run passes: train longer, or give it")
     parts = [at_equal_loss(result, loss) for loss in losses]
-    missed = {name for part in parts for name in part.attrs["never_reached"]}
+    missed = {name for part in parts for name in part.attrs["never_reached"].split("; ") if name}
     found: xr.Dataset = xr.concat(
         parts, dim="train_loss", coords="different", compat="equals", combine_attrs="override"
     )
-    return found.assign_attrs(never_reached=sorted(missed))
+    return found.assign_attrs(never_reached="; ".join(sorted(missed)))
 
 
 def _crossing(losses: xr.DataArray, loss: float) -> tuple[xr.DataArray, xr.DataArray]:

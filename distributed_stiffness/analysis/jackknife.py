@@ -25,6 +25,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
+from distributed_stiffness.analysis.identities import COLUMN_IDENTITY, ROW_IDENTITY
 from distributed_stiffness.analysis.pairs import Grouping
 from distributed_stiffness.errors import DataError
 
@@ -41,8 +42,9 @@ Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
 class Examples:
     """The examples of a selection: each is left out once, with all its pairs.
 
-    In a square selection every example is a row and a column. Its matrix is symmetric, as stores
-    are, so that the sums of a column are those of its row.
+    In a square selection every example is as often a row as a column. Its matrix is symmetric, as
+    stores are, so that the sums of a column are those of its row. In any other, an example that was
+    drawn several times is left out with all of its rows and columns.
     """
 
     groups: np.ndarray  # (E,) int64, group of each
@@ -52,7 +54,7 @@ class Examples:
 
     @property
     def square(self) -> bool:
-        """Whether every example is a row and a column."""
+        """Whether every example is as often a row as a column."""
         return self.rows is None
 
     def grouped(self, above: np.ndarray) -> Examples:
@@ -63,9 +65,18 @@ class Examples:
         """Return the sums over each example's pairs as a row, and as a column (E, …)."""
         if self.rows is None or self.columns is None:
             return sums[0], sums[0]
-        as_row, as_column = np.zeros((2, len(self.groups), *sums[0].shape[1:]))
-        as_row[self.rows], as_column[self.columns] = sums
-        return as_row, as_column
+        n = len(self.groups)
+        return _by_example(sums[0], self.rows, n), _by_example(sums[1], self.columns, n)
+
+
+def _by_example(sums: np.ndarray, places: np.ndarray, n: int) -> np.ndarray:
+    """Add up the rows of each of n examples; most have one."""
+    out = np.zeros((n, *sums.shape[1:]))
+    if len(np.unique(places)) == len(places):
+        out[places] = sums
+    else:
+        np.add.at(out, places, sums)
+    return out
 
 
 def examples_of(chosen: xr.Dataset, groups: Grouping) -> Examples:
@@ -74,7 +85,7 @@ def examples_of(chosen: xr.Dataset, groups: Grouping) -> Examples:
     Raises:
         DataError: an example has one group as a row and another as a column.
     """
-    rows, columns = chosen["row_identity"].values, chosen["column_identity"].values
+    rows, columns = chosen[ROW_IDENTITY].values, chosen[COLUMN_IDENTITY].values
     known, place = np.unique(np.concatenate([rows, columns]), return_inverse=True)
     row_place, column_place = place[: len(rows)], place[len(rows) :]
     of_example = np.zeros(len(known), dtype=np.int64)
@@ -86,7 +97,7 @@ def examples_of(chosen: xr.Dataset, groups: Grouping) -> Examples:
             " give both the same values"
         )
     is_row, is_column = (np.isin(known, some) for some in (rows, columns))
-    if (is_row & is_column).all():
+    if np.array_equal(np.sort(rows), np.sort(columns)):
         return Examples(groups.rows, np.full(len(rows), _BOTH), None, None)
     roles = np.where(is_row & is_column, _BOTH, np.where(is_row, _ROW, _COLUMN))
     return Examples(of_example, roles, row_place, column_place)

@@ -11,11 +11,11 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
+from distributed_stiffness.analysis.identities import identities
 from distributed_stiffness.analysis.pairs import (
     BLOCK,
     DISTANCE_SUMS,
     checkpoint_dims,
-    with_identities,
     with_labels_in_memory,
 )
 from distributed_stiffness.errors import DataError
@@ -154,8 +154,7 @@ def _places_of_columns(ds: xr.Dataset) -> np.ndarray:
     Raises:
         DataError: a column is no row.
     """
-    known = with_identities(with_labels_in_memory(ds))
-    rows, columns = known["row_identity"].values, known["column_identity"].values
+    rows, columns = identities(with_labels_in_memory(ds))
     first, position = np.unique(rows, return_index=True)
     place = np.searchsorted(first, columns).clip(max=len(first) - 1)
     if not (first[place] == columns).all():

@@ -10,7 +10,7 @@ from distributed_stiffness.analysis.alignment import alignment_of
 from distributed_stiffness.analysis.coherence import coherence_of
 from distributed_stiffness.analysis.confusion import confusion_of
 from distributed_stiffness.analysis.pairs import Splits
-from distributed_stiffness.analysis.products import Selection, one_set
+from distributed_stiffness.analysis.selection import Selection, one_set
 from distributed_stiffness.analysis.spectrum import participation_of
 
 

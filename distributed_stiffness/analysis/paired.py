@@ -14,7 +14,12 @@ import xarray as xr
 
 from distributed_stiffness.analysis.classes import within_between
 from distributed_stiffness.analysis.jackknife import MEASURES
-from distributed_stiffness.analysis.pairs import Splits, of_either_split, with_labels_in_memory
+from distributed_stiffness.analysis.pairs import (
+    Splits,
+    as_text,
+    of_either_split,
+    with_labels_in_memory,
+)
 from distributed_stiffness.errors import DataError
 
 _SAME = ("example", "split", "class_name")
@@ -97,10 +102,10 @@ def paired_curves(
     }
     both = both.assign(differences[list(renamed)].rename(renamed).data_vars)
     return both.assign_coords(
-        study=("study", _text("first", "second"), {"long_name": "which store"}),
+        study=("study", as_text(["first", "second"]), {"long_name": "which store"}),
         study_name=(
             "study",
-            _text(*_names(first, second)),
+            as_text(_names(first, second)),
             {"long_name": "what it was trained on"},
         ),
     )
@@ -152,12 +157,6 @@ def _labels(ds: xr.Dataset) -> str:
     if share == 0:
         return "true labels"
     return "permuted labels" if share == 1 else f"{100 * share:g} % of labels permuted"
-
-
-def _text(*values: str) -> np.ndarray:
-    array = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array
 
 
 def _either_zero(first: xr.Dataset, second: xr.Dataset) -> xr.DataArray | None:

@@ -15,6 +15,15 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from distributed_stiffness.analysis.identities import (
+    COLUMN_IDENTITY,
+    COLUMN_ZERO,
+    ROW_IDENTITY,
+    ROW_ZERO,
+    identities,
+    occurrences,
+    places,
+)
 from distributed_stiffness.errors import DataError
 
 Splits = tuple[str, str]  # of the rows and of the columns, such as ("train", "validation")
@@ -31,6 +40,12 @@ SUMS_DIMS = {
     WEIGHTED_SUMS: ("class_of_other",),
     SQUARE_SUMS: ("kernel",),
 }
+
+_NO_PART = (
+    "this store keeps sums over the pairs of each example with all others, not pairs: no examples"
+    " can be left out or drawn again (give splits, or select checkpoints). Select from a store of"
+    " pairs, and take `analysis.reduced` of that"
+)
 
 # Edge of a block where the data are in memory; a store keeps its own chunks.
 BLOCK = 1024
@@ -125,55 +140,103 @@ def select(ds: xr.Dataset, splits: Splits | None) -> xr.Dataset:
 
     Returns:
         Dataset with cosine (…, example, other); distance (…, example, other) where `ds` has it (of
-        a store that keeps sums in their place: these, of rows and of columns);
-        row_zero (…, example) and column_zero (…, other), true where a gradient is zero; and the
-        coordinates row_identity (example) and column_identity (other), equal for a self-pair.
+        a store that keeps sums in their place: these, of rows and of columns); ROW_ZERO (…,
+        example) and COLUMN_ZERO (…, other), true where a gradient is zero; ROW_IDENTITY (example)
+        and COLUMN_IDENTITY (other), equal for a self-pair.
 
     Raises:
         DataError: there are no cosines, or not the splits asked for.
     """
     checkpoint_dims(ds)
-    ds = with_identities(with_labels_in_memory(ds))
-    kept = _sums_kept(ds) if CLASS_SUMS in ds else _pairs_kept(ds)
+    ds = with_labels_in_memory(ds)
+    rows, columns = identities(ds)
+    kept = _sums_kept(ds, rows, columns) if CLASS_SUMS in ds else _pairs_kept(ds)
+    kept |= {ROW_IDENTITY: ("example", rows), COLUMN_IDENTITY: ("other", columns)}
+    kept |= _zero_gradients(ds, rows, columns)
     labels = {name: c for name, c in ds.coords.items() if c.dims in (("example",), ("other",))}
-    chosen = xr.Dataset({**kept, **_zero_gradients(ds)}, coords=labels, attrs=ds.attrs)
+    chosen = xr.Dataset(kept, coords=labels, attrs=ds.attrs)
     chosen, attr = _of_splits(chosen, splits)
     return _in_blocks(chosen).assign_attrs(splits=attr)
 
 
-def _pairs_kept(ds: xr.Dataset) -> dict[str, xr.DataArray]:
+def _pairs_kept(ds: xr.Dataset) -> dict[str, Any]:
     kept = {"cosine": ds["cosine"].transpose(..., "example", "other")}
     if "distance" in ds:
         kept["distance"] = ds["distance"].transpose(..., "example", "other")
     return kept
 
 
-def _sums_kept(ds: xr.Dataset) -> dict[str, xr.DataArray]:
+def _sums_kept(ds: xr.Dataset, rows: np.ndarray, columns: np.ndarray) -> dict[str, Any]:
     """Return sums over each example's pairs as a row, and as a column: the matrix is symmetric.
 
     Sums over parts that are not computed yet are NaN in a store, and no pairs here.
+
+    Raises:
+        DataError: some examples are left out of the rows or of the columns alone.
     """
-    kept: dict[str, xr.DataArray] = {}
+    if not np.array_equal(np.sort(rows), np.sort(columns)):
+        raise DataError(_NO_PART)
+    place, kept, most = places(rows, columns), dict[str, Any](), _most_pairs(ds, rows, columns)
     for name, dims in SUMS_DIMS.items():
         if name in ds:
             sums = ds[name].transpose(..., "example", OTHER_SPLIT, *dims)
             sums = sums.fillna(0.0)
             sums = sums.sum("other_part") if "other_part" in sums.dims else sums
+            if "sum" in dims:
+                sums = _of_these_alone(sums, most)
             bare = sums.drop_vars([c for c in sums.coords if "example" in sums[c].dims])
-            kept |= {f"row_{name}": sums, f"column_{name}": bare.rename(example="other")}
+            of_columns = bare.isel(example=place).rename(example="other")
+            kept |= {f"row_{name}": sums, f"column_{name}": of_columns}
     return kept
+
+
+def _most_pairs(ds: xr.Dataset, rows: np.ndarray, columns: np.ndarray) -> xr.DataArray:
+    """Count the columns of each split that are not the row's own example, (example, split)."""
+    splits = (
+        ds["other_split"].values if "other_split" in ds.coords else np.full(len(columns), "all")
+    )
+    kept = ds[OTHER_SPLIT].values if OTHER_SPLIT in ds.coords else np.unique(splits)
+    of_splits = [columns[splits.astype(str) == str(name)] for name in kept]
+    counts = np.stack([len(some) - occurrences(rows, some) for some in of_splits], axis=-1)
+    return xr.DataArray(counts, dims=("example", OTHER_SPLIT))
+
+
+def _of_these_alone(sums: xr.DataArray, most: xr.DataArray) -> xr.DataArray:
+    """Refuse sums over pairs with examples that are not among the columns, when they are read."""
+    after = sums.dims[sums.get_axis_num("example") + 1 :]  # split of the others, …, sum
+    kept: xr.DataArray = xr.apply_ufunc(
+        _refused_above,
+        sums,
+        most,
+        input_core_dims=[after, after[:1]],
+        output_core_dims=[after],
+        kwargs={"between": len(after) - 2},
+        dask="parallelized",
+        output_dtypes=[np.float64],
+        keep_attrs=True,
+    )
+    return kept
+
+
+def _refused_above(sums: np.ndarray, most: np.ndarray, *, between: int) -> np.ndarray:
+    if (sums[..., 3].sum(tuple(range(-between, 0))) > most).any():
+        raise DataError(_NO_PART)
+    return sums
 
 
 def labels(chosen: xr.Dataset, groups: Grouping) -> Labels:
     """Return what blocks must know, from `select` and `grouping`."""
     lead = {dim: chosen.sizes[dim] for dim in leading_dims(chosen)}
     zero = {}
-    for name, dim in (("row_zero", "example"), ("column_zero", "other")):
+    for field, name, dim in (
+        ("row_zero", ROW_ZERO, "example"),
+        ("column_zero", COLUMN_ZERO, "other"),
+    ):
         missing = {d: n for d, n in lead.items() if d not in chosen[name].dims}
-        zero[name] = chosen[name].expand_dims(missing).transpose(*lead, dim).values
+        zero[field] = chosen[name].expand_dims(missing).transpose(*lead, dim).values
     return Labels(
-        rows=chosen["row_identity"].values,
-        columns=chosen["column_identity"].values,
+        rows=chosen[ROW_IDENTITY].values,
+        columns=chosen[COLUMN_IDENTITY].values,
         row_groups=groups.rows,
         column_groups=groups.columns,
         **zero,
@@ -189,11 +252,10 @@ def origin(ds: xr.Dataset) -> dict[Hashable, Any]:
 def with_labels_in_memory(ds: xr.Dataset) -> xr.Dataset:
     """Read coordinates and gradient norms, which every reduction looks at."""
     small = ds.drop_vars([name for name in ds.data_vars if name != "gradient_norm"]).compute()
-    # As objects: numpy casts its own variable-length text to nothing else.
     text = {
-        name: coordinate.astype(object)
+        name: coordinate.copy(data=as_text(coordinate.values.tolist()))
         for name, coordinate in small.coords.items()
-        if coordinate.dtype.kind == "T"
+        if _is_text(coordinate)
     }
     ds = ds.assign_coords(small.coords).assign_coords(text)
     return ds.assign(gradient_norm=small["gradient_norm"]) if "gradient_norm" in ds else ds
@@ -226,7 +288,7 @@ def grouping(chosen: xr.Dataset, by: str) -> Grouping:
     place = {name: k for k, name in enumerate(names)}
     return Grouping(
         by=by,
-        names=_array_of(names),
+        names=as_text(names) if all(isinstance(name, str) for name in names) else np.array(names),
         rows=np.array([place[name] for name in rows.tolist()], dtype=np.int64),
         columns=np.array([place[name] for name in columns.tolist()], dtype=np.int64),
     )
@@ -278,31 +340,17 @@ def checkpoint_coordinates(ds: xr.Dataset) -> dict[Hashable, xr.DataArray]:
     return known | curves
 
 
-def with_identities(ds: xr.Dataset) -> xr.Dataset:
-    """Number the examples by split and `example`, rows and columns alike."""
-    n = ds.sizes["example"]
-    names = np.concatenate([ds["example"].values, ds["other"].values])
-    _, example = np.unique(names, return_inverse=True)
-    identity = example.astype(np.int64)
-    if "split" in ds.coords and "other_split" in ds.coords:
-        splits = np.concatenate([ds["split"].values, ds["other_split"].values]).astype(str)
-        _, split = np.unique(splits, return_inverse=True)
-        identity += split * (identity.max() + 1)
-    return ds.assign_coords(
-        row_identity=("example", identity[:n]), column_identity=("other", identity[n:])
-    )
-
-
-def _zero_gradients(ds: xr.Dataset) -> dict[str, xr.Variable]:
+def _zero_gradients(
+    ds: xr.Dataset, rows: np.ndarray, columns: np.ndarray
+) -> dict[str, xr.Variable]:
     """Return which gradients are zero, of rows and of columns.
 
     A column whose example is not among the rows is taken as not zero: its norm is not known.
     """
-    rows, columns = ds["row_identity"].values, ds["column_identity"].values
     if "gradient_norm" not in ds:
         return {
-            "row_zero": xr.Variable("example", np.zeros(len(rows), dtype=bool)),
-            "column_zero": xr.Variable("other", np.zeros(len(columns), dtype=bool)),
+            ROW_ZERO: xr.Variable("example", np.zeros(len(rows), dtype=bool)),
+            COLUMN_ZERO: xr.Variable("other", np.zeros(len(columns), dtype=bool)),
         }
     zero = (ds["gradient_norm"] == 0).transpose(..., "example").variable
     first, position = np.unique(rows, return_index=True)
@@ -310,7 +358,7 @@ def _zero_gradients(ds: xr.Dataset) -> dict[str, xr.Variable]:
     found = first[place] == columns
     of_columns = zero.isel(example=position[place])
     column_zero = xr.Variable((*zero.dims[:-1], "other"), of_columns.values & found)
-    return {"row_zero": zero, "column_zero": column_zero}
+    return {ROW_ZERO: zero, COLUMN_ZERO: column_zero}
 
 
 def of_either_split(ds: xr.Dataset, splits: Splits | None) -> xr.Dataset:
@@ -321,7 +369,9 @@ def of_either_split(ds: xr.Dataset, splits: Splits | None) -> xr.Dataset:
     """
     if (found := _splits_of(ds, splits)) is None:
         return ds
-    rows, columns = (np.isin(_texts(ds[name]), found) for name in ("split", "other_split"))
+    rows, columns = (
+        np.isin(ds[name].values.astype(str), found) for name in ("split", "other_split")
+    )
     return ds.isel(example=_indexer(rows), other=_indexer(columns))
 
 
@@ -338,7 +388,7 @@ def _splits_of(ds: xr.Dataset, splits: Splits | None) -> Splits | None:
                 " split and other_split): leave splits out"
             )
         return None
-    there = [set(_texts(ds[name]).tolist()) for name in ("split", "other_split")]
+    there = [set(ds[name].values.astype(str).tolist()) for name in ("split", "other_split")]
     if splits is None:
         found = sorted(there[0] | there[1])
         if len(found) > 1 and "validation" not in found:
@@ -353,16 +403,21 @@ def _splits_of(ds: xr.Dataset, splits: Splits | None) -> Splits | None:
     return splits
 
 
-def _texts(names: xr.DataArray) -> np.ndarray:
-    """Return text as numpy compares it; its variable-length kind is cast to nothing but objects."""
-    return np.asarray(names.values.astype(object).astype(str))
+def _is_text(coordinate: xr.DataArray) -> bool:
+    """Whether a coordinate is text of another kind: numpy's of any length, or objects."""
+    if coordinate.dtype.kind != "O":
+        return coordinate.dtype.kind == "T"
+    return all(isinstance(value, str) for value in coordinate.values.flat)
 
 
 def _of_splits(chosen: xr.Dataset, splits: Splits | None) -> tuple[xr.Dataset, str]:
     """Keep the rows and columns of two splits; say which in one word."""
     if (found := _splits_of(chosen, splits)) is None:
         return _against(chosen, 0, 0), "all"
-    rows, columns = _texts(chosen["split"]) == found[0], _texts(chosen["other_split"]) == found[1]
+    rows, columns = (
+        chosen["split"].values.astype(str) == found[0],
+        chosen["other_split"].values.astype(str) == found[1],
+    )
     chosen = chosen.isel(example=_indexer(rows), other=_indexer(columns))
     if OTHER_SPLIT in chosen.dims:
         known = chosen[OTHER_SPLIT].values.astype(str).tolist()
@@ -404,8 +459,10 @@ def _listed(names: object) -> list[str]:
     return list(names) if isinstance(names, list | tuple) else []
 
 
-def _array_of(names: Sequence[str]) -> np.ndarray:
-    """Return names as objects, the type that xarray and zarr keep as variable-length text."""
-    array = np.empty(len(names), dtype=object)
-    array[:] = names
-    return array if all(isinstance(name, str) for name in names) else np.array(names)
+def as_text(names: Sequence[str]) -> np.ndarray:
+    """Return names as text of fixed length.
+
+    Of all kinds of text it is the one that xarray can draw along an axis and cut into chunks of any
+    size, and that numpy casts.
+    """
+    return np.array(names, dtype=np.str_)

@@ -20,6 +20,7 @@ from distributed_stiffness.analysis.distance import (
     binned_sums,
     distance_edges,
 )
+from distributed_stiffness.analysis.identities import identities
 from distributed_stiffness.analysis.pairs import (
     CLASS_SUMS,
     DISTANCE_SUMS,
@@ -29,14 +30,18 @@ from distributed_stiffness.analysis.pairs import (
     WEIGHTED_SUMS,
     Grouping,
     Splits,
+    as_text,
+    checkpoint_dims,
     grouping,
     labels,
     leading_dims,
     select,
     with_labels_in_memory,
 )
-from distributed_stiffness.analysis.products import KERNELS, Block, norms_of, weighted_sums
+from distributed_stiffness.analysis.products import Block, weighted_sums
+from distributed_stiffness.analysis.selection import KERNELS, norms_of
 from distributed_stiffness.analysis.sums import SUMS, grouped_sums
+from distributed_stiffness.errors import DataError
 
 BINS = 50
 RELATIONS = ("within", "between")
@@ -79,9 +84,17 @@ def reduced(
         relation, distance_bin, sum), float64; all else but cosine and distance is kept.
 
     Raises:
-        DataError: `ds` is no store.
+        DataError: `ds` is no store, or its rows are not its columns, in one order.
     """
+    checkpoint_dims(ds)
+    if "cosine" not in ds:
+        raise DataError("this store keeps sums in place of its pairs already")
     ds = with_labels_in_memory(ds)
+    if not np.array_equal(*identities(ds)):
+        raise DataError(
+            "sums are over the pairs of each example with all others: expected the same examples as"
+            " rows and as columns, in the same order (select by `example` and `other` alike)"
+        )
     splits = _splits(ds)
     classes = _all_classes(ds)
     sums = {
@@ -114,16 +127,16 @@ def reduced(
 def sums_coordinates(classes: Sequence[str], splits: Sequence[str]) -> dict[str, Any]:
     """Return the coordinates of the dimensions of class sums."""
     return {
-        OTHER_SPLIT: _text(splits),
-        "class_of_other": _text(classes),
-        "sum": _text(SUMS),
-        "kernel": _text(KERNELS),
+        OTHER_SPLIT: as_text(splits),
+        "class_of_other": as_text(classes),
+        "sum": as_text(SUMS),
+        "kernel": as_text(KERNELS),
     }
 
 
 def distance_coordinates(edges: np.ndarray) -> dict[str, Any]:
     """Return the coordinates of the dimensions of distance sums."""
-    return {"relation": _text(RELATIONS)} | bin_coordinates(edges)
+    return {"relation": as_text(RELATIONS)} | bin_coordinates(edges)
 
 
 def _splits(ds: xr.Dataset) -> list[str] | None:
@@ -202,9 +215,3 @@ def _by_distance(ds: xr.Dataset, splits: Splits | None, edges: np.ndarray) -> xr
     found = binned_sums(ds, edges=edges, splits=splits)
     dims = (*leading_dims(found.chosen), "example", *SUMS_DIMS[DISTANCE_SUMS])
     return xr.DataArray(found.sides[0], dims=dims)
-
-
-def _text(values: Sequence[str]) -> np.ndarray:
-    array = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array

@@ -18,14 +18,13 @@ import xarray as xr
 
 from distributed_stiffness.analysis.pairs import Splits, leading_dims
 from distributed_stiffness.analysis.products import (
-    Selection,
     Sums,
     kernel_sums,
     named,
     of_whole_matrices,
-    one_set,
     ratio,
 )
+from distributed_stiffness.analysis.selection import Selection, one_set
 from distributed_stiffness.errors import DataError
 
 EIGENVALUES = 20

@@ -19,7 +19,7 @@ from distributed_stiffness.analysis.neighbours import neighbours_of
 from distributed_stiffness.analysis.one_pass import compute_together
 from distributed_stiffness.analysis.paired import paired_curves
 from distributed_stiffness.analysis.pairs import DISTANCE_SUMS, Splits, with_labels_in_memory
-from distributed_stiffness.analysis.products import is_one_set, one_set
+from distributed_stiffness.analysis.selection import is_one_set, one_set
 from distributed_stiffness.analysis.spectrum import spectrum_of
 from distributed_stiffness.analysis.sums import SUMS
 from distributed_stiffness.analysis.superclasses import superclass_contrast, superclass_matrix

@@ -167,7 +167,7 @@ def of_rows(sums: GroupedSums) -> xr.Dataset:
         {name: (dims, sums.sides[0][..., k]) for k, name in enumerate(SUMS)},
         coords=kept | {other: sums.groups.names},
         attrs={"splits": chosen.attrs["splits"]},
-    ).drop_vars("row_identity")
+    )
     return _described_sums(result)
 
 

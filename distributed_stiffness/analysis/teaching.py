@@ -12,6 +12,7 @@ from distributed_stiffness.analysis.classes import relation_coordinate
 from distributed_stiffness.analysis.jackknife import MEASURES, means
 from distributed_stiffness.analysis.pairs import (
     Splits,
+    as_text,
     checkpoint_coordinates,
     leading_dims,
     origin,
@@ -70,7 +71,7 @@ def teaching(ds: xr.Dataset, *, splits: Splits | None = None) -> xr.Dataset:
         },
         coords={name: c for name, c in chosen.coords.items() if c.dims == ("example",)},
         attrs=origin(ds) | {"splits": chosen.attrs["splits"]},
-    ).drop_vars("row_identity")
+    )
     for name, attrs in _TEXTS.items():
         result[name].attrs = dict(attrs)
     result = result.assign_coords(relation_coordinate(*RELATIONS))
@@ -129,9 +130,7 @@ def teaching_extremes(
         },
         output_dtypes=[np.float64],
     )
-    if by_class:
-        found = found.assign_coords(class_name=np.array(names, dtype=object))
-    else:
+    if not by_class:
         found = found.isel(class_name=0)
     result = xr.Dataset(
         {
@@ -139,7 +138,7 @@ def teaching_extremes(
             "value": found.isel(what=1),
         },
         attrs=of.attrs | {"measure": measure, "relation": relation},
-    ).assign_coords(end=np.array(ENDS, dtype=object))
+    ).assign_coords({"end": as_text(ENDS)} | ({"class_name": as_text(names)} if by_class else {}))
     result["position"].attrs = {
         "long_name": "position of the example",
         "units": "1",

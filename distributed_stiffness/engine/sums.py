@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distributed_stiffness.analysis.products import KERNELS
 from distributed_stiffness.analysis.reduced import RELATIONS
+from distributed_stiffness.analysis.selection import KERNELS
 from distributed_stiffness.analysis.sums import SUMS
 from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.engine.folding import Folded, count_exponents, fold

@@ -32,7 +32,7 @@ def pictures_of(
     name = str(attrs.get("dataset", ""))
     if name not in data.NAMES or not {"index", "label", "split"} <= set(examples.coords):
         return None
-    unverified = attrs.get("dataset_verified") is False
+    unverified = not attrs.get("dataset_verified", True)
     try:
         labelled = data.load(
             name, directory=directory, download=False, accept_unverified=unverified

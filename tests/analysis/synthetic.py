@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -61,9 +62,15 @@ def write(ds: xr.Dataset, path: Path, tile: int = TILE) -> Path:
     encoding = {
         name: {"chunks": tuple(chunks[dim] for dim in ds[name].dims)} for name in ds.data_vars
     }
+    return saved(ds, path, mode="w", encoding=encoding, consolidated=True)
+
+
+def saved(ds: xr.Dataset, path: Path, **options: Any) -> Path:
+    """Save a Dataset as anybody does; zarr 3.1 warns of parts of the format specified since."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata")
-        ds.to_zarr(path, mode="w", encoding=encoding, zarr_format=3, consolidated=True)
+        warnings.filterwarnings("ignore", message=r"The data type \(FixedLengthUTF32")
+        ds.to_zarr(path, **{"zarr_format": 3, "consolidated": False} | options)
     return path
 
 

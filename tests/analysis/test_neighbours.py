@@ -233,7 +233,7 @@ class TestProperties:
     def test_many_examples(self, made: xr.Dataset, monkeypatch: pytest.MonkeyPatch):
         """Of too many examples the alignment is the same, without the error that needs K·K·1."""
         expected = kernel_alignment(made).compute()
-        monkeypatch.setattr("distributed_stiffness.analysis.products.WHOLE", 10)
+        monkeypatch.setattr("distributed_stiffness.analysis.selection.WHOLE", 10)
         got = kernel_alignment(made).compute()
 
         np.testing.assert_array_equal(got["alignment"], expected["alignment"])

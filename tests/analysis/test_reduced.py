@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from analysis.synthetic import saved
 
 from distributed_stiffness import analysis
 from distributed_stiffness.analysis.reduced import reduced
@@ -27,10 +28,7 @@ def pairs(store: Path) -> xr.Dataset:
 def sums(pairs: xr.Dataset, tmp_path_factory: pytest.TempPathFactory) -> xr.Dataset:
     """The same study, reduced, written and opened again."""
     path = tmp_path_factory.mktemp("reduced") / "sums.zarr"
-    made = reduced(pairs, edges=EDGES)
-    for name in made.variables:
-        made[name].encoding.clear()
-    made.to_zarr(str(path), zarr_format=3, consolidated=False)
+    saved(reduced(pairs, edges=EDGES).drop_encoding(), path)
     return xr.open_zarr(str(path), consolidated=False)
 
 

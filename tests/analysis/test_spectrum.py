@@ -58,7 +58,7 @@ class TestSpectrum:
         random = np.random.default_rng(0)
         shuffled = study.isel(other=random.permutation(30)).chunk({"example": 7, "other": 11})
         expected = spectrum(study, 5).compute().sel(kernel=kernel)
-        monkeypatch.setattr("distributed_stiffness.analysis.products.WHOLE", 10)
+        monkeypatch.setattr("distributed_stiffness.analysis.selection.WHOLE", 10)
         got = spectrum(shuffled, 5, memory=memory).compute().sel(kernel=kernel)
 
         for name in ("eigenvalue", "share", "stable_rank", "participation_ratio"):
@@ -71,7 +71,7 @@ def test_missing_pairs(study: xr.Dataset, monkeypatch: pytest.MonkeyPatch):
     half = study.copy(deep=True)
     half["cosine"].values[0, 0, 1, 5, 6] = np.nan
     for whole in (2_000, 10):
-        monkeypatch.setattr("distributed_stiffness.analysis.products.WHOLE", whole)
+        monkeypatch.setattr("distributed_stiffness.analysis.selection.WHOLE", whole)
         got = spectrum(half, 4).compute()
 
         assert got["eigenvalue"].isel(iteration=1).isnull().all()
