@@ -45,6 +45,9 @@ class Plan:
     making_work: int = 0  # multiply-adds of one gradient
     pair_work: int = 0  # multiply-adds of the product of two
     sums_bytes: int = 0  # of one example against one tile's columns, where no pairs are kept
+    checked_share: float = 0.1  # of each batch that is compared with plain autograd
+    checked_work: float = 0.0  # of that, as a share of the whole work
+    sample: int = 96  # examples that are computed again for the error bound
 
     @property
     def tiling(self) -> Tiling:
@@ -122,7 +125,15 @@ class Plan:
             f" {in_words(self.row_bytes)} a gradient, {held:,} held at a time"
             f" ({in_words(held * self.row_bytes)} of {in_words(self.memory)} a replica)"
             + (f", each made {made:.1f} times" if made > 1 else "")
-            + f"; up to {in_words(self.store_bytes)} on disk, and the checkpoints"
+            + f"; {self.described_checks()}; up to {in_words(self.store_bytes)} on disk, and the checkpoints"
+        )
+
+    def described_checks(self) -> str:
+        """Say what the check of every batch, and the sample, compare."""
+        return (
+            f"{self.checked_share:.0%} of each batch compared with plain autograd"
+            f" ({self.checked_work:.1%} of the work), a sample of"
+            f" {min(self.sample, self.n_examples)} with float64"
         )
 
     def to_json(self) -> dict[str, Any]:

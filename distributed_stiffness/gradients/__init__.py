@@ -1,9 +1,9 @@
 """Per-example gradients and their products, exact for every parameter of any network."""
 
+from distributed_stiffness.gradients.class_means import class_cosine_matrix
 from distributed_stiffness.gradients.explain import explain
 from distributed_stiffness.gradients.loss_head import WholeLoss
 from distributed_stiffness.gradients.matrices import (
-    class_cosine_matrix,
     cosine_matrix,
     gradient_norms,
     gram_matrix,

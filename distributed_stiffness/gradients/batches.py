@@ -6,6 +6,7 @@ or an iterable of batches, is stacked once.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -66,7 +67,23 @@ def prepare(nest: Nest, dtype: torch.dtype, device: torch.device) -> Nest:
 def call(model: nn.Module, inputs: Nest) -> Any:
     """Run the network on its inputs: as one argument, several (tuple, list), or by name (dict)."""
     args, kwargs = arguments(inputs)
-    return model(*args, **kwargs)
+    return as_nest(model(*args, **kwargs))
+
+
+def as_nest(outputs: Any) -> Nest:
+    """Return what a network returned, a dataclass among it, as a nest whose tensors are found."""
+    kind = type(outputs)
+    if dataclasses.is_dataclass(outputs) and kind not in pytree.SUPPORTED_NODES:
+        names = [field.name for field in dataclasses.fields(outputs)]
+
+        def built(values: Iterable[Any], _: Any) -> Any:
+            made = object.__new__(kind)
+            for name, value in zip(names, values, strict=True):
+                object.__setattr__(made, name, value)
+            return made
+
+        pytree.register_pytree_node(kind, lambda o: ([getattr(o, n) for n in names], None), built)
+    return outputs
 
 
 def arguments(inputs: Nest) -> tuple[tuple[Any, ...], dict[str, Any]]:

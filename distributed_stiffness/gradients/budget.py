@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import psutil
 
+from distributed_stiffness.gradients.error_bound import sample_size
 from distributed_stiffness.gradients.per_example import PerExampleGradients
-from distributed_stiffness.gradients.recipe import Layer
+from distributed_stiffness.gradients.recipe import Layer, Work
 from distributed_stiffness.plan import BATCH_BYTES, ROWS_SHARE, Plan, make_plan
 
+# What the comparison of every batch with plain autograd may take of the work.
+CHECKS_SHARE = 0.03
 # A GPU wants many examples at a time.
 _BATCH_BYTES = {"cpu": BATCH_BYTES, "cuda": 4 * 2**30}
 
@@ -62,7 +66,24 @@ def fit(
         factored=chosen,
         batch_bytes=_BATCH_BYTES[device or gradients.device.type],
     )
+    plan = _with_checks(plan, work)
+    gradients.checked_share = plan.checked_share
     return gradients, plan
+
+
+def _with_checks(plan: Plan, work: Work) -> Plan:
+    """Let the checks take their share of the work: of each batch, and of the sample."""
+    making = plan.gradients_per_example * work.making
+    total = max(1.0, making + plan.n_examples / 2 * work.pair)  # of an example
+    # A pass of its own, and the gradients of the parameters.
+    each = max(1.0, plan.gradients_per_example * 1.5 * work.passes)
+    share = min(1.0, CHECKS_SHARE * total / each)
+    return replace(
+        plan,
+        checked_share=share,
+        checked_work=share * each / (total + share * each),
+        sample=sample_size(passes=work.passes, total=plan.n_examples * total),
+    )
 
 
 def free_memory() -> int:

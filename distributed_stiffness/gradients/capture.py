@@ -12,6 +12,7 @@ Axis letters: N examples, T positions that share a weight.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,9 +26,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from distributed_stiffness.gradients.decompositions import DECOMPOSITIONS, take_apart
-from distributed_stiffness.gradients.layout import PLAIN, Layout
+from distributed_stiffness.gradients.layout import Layout
+from distributed_stiffness.gradients.moves import may_move
 from distributed_stiffness.gradients.rules import RULES, Call, Positions, Rule
 from distributed_stiffness.gradients.rules.rule import Seen
+from distributed_stiffness.gradients.surroundings import is_write
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Source:
     name: str
     tensor: Tensor
     parameters: frozenset[str]  # that it is made of
-    made_by: int = -1  # number of the call; −1 for a parameter
+    call: str = ""  # its name, which calls of other passes have too; "" for a parameter
     made_of: tuple[str, ...] = ()  # sources that the call took
 
 
@@ -52,8 +55,8 @@ class Use:
     version: int  # of the call's input: a later in-place write would spoil what was kept
     output_shape: torch.Size
     view: tuple[Tensor, int] | None  # the output and its version, where a write would miss the edge
-    number: int  # of the call
-    layout: Layout = PLAIN
+    row_dims: tuple[int, ...]  # of output and input: along these lie rows, each of one example
+    is_moved: bool  # whose its rows are may follow from the examples' values (moves.py)
 
     @property
     def spoiled(self) -> bool:
@@ -62,18 +65,17 @@ class Use:
             self.view is not None and self.view[0]._version != self.view[1]
         )
 
-    def examples_first(self, grad_output: Tensor) -> tuple[Call, Tensor]:
-        """Return the call and the gradient of its output with the examples in front."""
-        layout, call = self.layout, self.call
-        if layout.plain and "beside" not in call.settings:
-            return call, grad_output
-        if not self.rule.any_leading:
-            return call, grad_output  # the examples are in front, with positions
-        settings = dict(call.settings)
-        if "beside" in settings:
-            settings["beside"] = {k: layout.beside(v) for k, v in settings["beside"].items()}
-        moved = None if call.input is None else layout.first(call.input)
-        return replace(call, input=moved, settings=settings), layout.first(grad_output)
+    def rows(self, X: Tensor) -> Tensor:
+        """Bring the rows of the output, or the input, to the front, as one dimension."""
+        dims = self.row_dims
+        X = X.movedim(dims, tuple(range(len(dims))))
+        return X.flatten(0, len(dims) - 1)
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What uses of the same layout have in common, if none is moved."""
+        shape = None if self.call.input is None else self.call.input.shape
+        return self.rule.name, tuple(self.names.items()), self.output_shape, shape
 
 
 @dataclass(frozen=True)
@@ -83,49 +85,62 @@ class Captured:
     use: Use
     call: Call
     grad_output: Tensor
+    n: int
+    fold: int  # rows of an example, one after the other, in what the rule works on
 
     @staticmethod
-    def of(use: Use, grad_output: Tensor) -> Captured:
+    def of(use: Use, grad_output: Tensor, layout: Layout) -> Captured:
         """Bring the examples to the front."""
-        return Captured(use, *use.examples_first(grad_output))
+        n, call, dims = layout.n, use.call, use.row_dims
+        are_first = layout.examples_outside and dims[0] == 0 and use.output_shape[0] == n
+        settings = dict(call.settings)
+        if "beside" in settings:  # of one example
+            settings["beside"] = {
+                role: tuple(shape[1:])
+                if are_first
+                else (1, *(size for k, size in enumerate(shape) if k not in dims))
+                for role, shape in settings["beside"].items()
+            }
+        if are_first:
+            return Captured(use, replace(call, settings=settings), grad_output, n, 1)
+
+        def grouped(X: Tensor) -> Tensor:
+            found = layout.group(use.rows(X))
+            return found if use.rule.any_leading else found.flatten(0, 1)
+
+        moved = None if call.input is None else grouped(call.input)
+        fold = 1 if use.rule.any_leading else layout.rows
+        call = replace(call, input=moved, settings=settings)
+        return Captured(use, call, grouped(grad_output), n, fold)
 
     @property
     def rule(self) -> Rule:
         """The use's."""
         return self.use.rule
 
-    @property
-    def _rows(self) -> int:
-        """Rows an example in what the rule works on."""
-        return 1 if self.use.rule.any_leading else self.use.layout.fold
-
     def take(self, rows: slice) -> Captured:
         """Select examples."""
-        k = self._rows
-        if k > 1 and not self.use.layout.outside:
-            raise AssertionError("rows of an example lie apart")
-        part = slice(rows.start * k, rows.stop * k)
-        return Captured(self.use, self.call.take(part), self.grad_output[part])
-
-    @property
-    def divisible(self) -> bool:
-        """Whether a part of the examples can be taken."""
-        return self._rows == 1 or self.use.layout.outside
+        part = slice(rows.start * self.fold, rows.stop * self.fold)
+        call, grad = self.call.take(part), self.grad_output[part]
+        return Captured(self.use, call, grad, rows.stop - rows.start, self.fold)
 
     def per_example(self, role: str) -> Tensor:
         """Return the gradient of one parameter for each example."""
         grad = self.use.rule.per_example(role, self.call, self.grad_output)
-        return grad if self._rows == 1 else self.use.layout.per_example(grad)
+        return grad if self.fold == 1 else grad.unflatten(0, (self.n, self.fold)).sum(1)
 
     def positions(self) -> Positions:
         """Return the weight's gradient as a sum over positions."""
         found = self.use.rule.positions(self.call, self.grad_output)
-        if self._rows == 1:
+        if self.fold == 1:
             return found
         # The rule took each row for an example: its positions are more of the example's.
-        layout = self.use.layout
-        left, right = (layout.first(X).flatten(1, 2) for X in (found.left_NTp, found.right_NTd))
-        return Positions(left, right)
+        return Positions(
+            *(
+                X.unflatten(0, (self.n, self.fold)).flatten(1, 2)
+                for X in (found.left_NTp, found.right_NTd)
+            )
+        )
 
 
 @dataclass(eq=False)
@@ -137,14 +152,14 @@ class Capture(TorchFunctionMode):
         constants: tensors that depend on no example although they require gradients: parameters
             that are not in play.
         inputs: tensors of the examples.
-        copying: numbers of calls that make a copy of a source for each example (`expand`): their
-            outputs depend on the number of examples, so that these calls are uses.
+        copying: calls that make a copy of a source for each example (`expand`): their outputs
+            depend on the number of examples, so that these calls are uses.
     """
 
     parameters: Mapping[str, Tensor]
     constants: Collection[Tensor]
     inputs: Collection[Tensor]
-    copying: Collection[int] = ()
+    copying: Collection[str] = ()
     uses: list[Use] = field(default_factory=list)
     unstructured: dict[str, str] = field(default_factory=dict)  # source -> the call that took it
     derived: dict[str, Source] = field(default_factory=dict)
@@ -156,7 +171,8 @@ class Capture(TorchFunctionMode):
         }
         self._constant = {id(t) for t in self.constants}
         self._of_examples = WeakIdKeyDictionary(dict.fromkeys(self.inputs, True))
-        self._n_calls = 0
+        self._times: Counter[tuple[str, ...]] = Counter()
+        self._is_moved = False
 
     def __torch_function__(
         self,
@@ -173,11 +189,9 @@ class Capture(TorchFunctionMode):
             output = take_apart(self, func, args, kwargs)
             if output is not NotImplemented:
                 return output
-        self._n_calls += 1
-        number = self._n_calls
         output = func(*args, **kwargs)
         with torch._C.DisableTorchFunction():  # a mode outside sees the network's calls alone
-            self._note(func, args, kwargs, output, number, taken, sources)
+            self._note(func, args, kwargs, output, taken, sources)
         return output
 
     def _note(
@@ -186,24 +200,34 @@ class Capture(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         output: Any,
-        number: int,
         taken: list[Tensor],
         sources: list[Source],
     ) -> None:
         others = [t for t in taken if id(t) not in self._sources]
         depends = any(self._depends_on_examples(t) for t in others)
-        if sources and _writes(func):
+        if sources and is_write(func):
             # What was read before and what is read after are not the same tensor.
             name = func.__name__
             if args and id(args[0]) in self._sources:
                 self._mark([self._sources[id(args[0])]], f"{name} writes it in place")
         if sources and _is_differentiable(output):
-            if depends or number in self.copying:
-                self._use(func, args, kwargs, output, sources, number)
+            call = self._name(func, sources)
+            if depends or call in self.copying:
+                self._use(func, args, kwargs, output, sources)
             else:
-                self._derive(func, output, sources, number)
+                self._derive(func, output, sources, call)
         elif depends:
             self._spread(func, args, output)
+        if depends and not self._is_moved:
+            self._is_moved = may_move(func, args, kwargs)
+
+    def _name(self, func: Callable[..., Any], sources: list[Source]) -> str:
+        """Name a call by what it takes: other passes may make other calls in between."""
+        name = getattr(func, "__name__", str(func))
+        key = name, *(source.name for source in sources)
+        self._times[key] += 1
+        digest = hashlib.sha256(repr((key, self._times[key])).encode()).hexdigest()
+        return f"{name} {digest[:12]}"
 
     def _depends_on_examples(self, tensor: Tensor) -> bool:
         """Whatever requires a gradient and is no source is taken to depend on the examples."""
@@ -216,19 +240,19 @@ class Capture(TorchFunctionMode):
         for leaf in pytree.tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self._of_examples[leaf] = True
-        if _writes(func) and args and isinstance(args[0], Tensor):
+        if is_write(func) and args and isinstance(args[0], Tensor):
             self._of_examples[args[0]] = True
 
     def _derive(
-        self, func: Callable[..., Any], output: Any, sources: list[Source], number: int
+        self, func: Callable[..., Any], output: Any, sources: list[Source], call: str
     ) -> None:
         for place, leaf in enumerate(pytree.tree_leaves(output)):
             if _is_differentiable(leaf) and id(leaf) not in self._sources:
                 source = Source(
-                    f"{func.__name__} #{number}.{place}",
+                    f"{call}.{place}",
                     leaf,
                     frozenset().union(*(s.parameters for s in sources)),
-                    number,
+                    call,
                     tuple(s.name for s in sources),
                 )
                 self.derived[source.name] = self._sources[id(leaf)] = source
@@ -240,11 +264,11 @@ class Capture(TorchFunctionMode):
         kwargs: dict[str, Any],
         output: Any,
         sources: list[Source],
-        number: int,
     ) -> None:
         rule = RULES.get(func)
         call = None
-        if rule is not None and isinstance(output, Tensor):
+        # Complex gradients are conjugated here and there: left to autograd.
+        if rule is not None and isinstance(output, Tensor) and not _is_complex(output, args):
             call = rule.parse(Seen(args, kwargs, output, [s.tensor for s in sources]))
         roles = {
             role: self._sources[id(tensor)].name
@@ -259,6 +283,10 @@ class Capture(TorchFunctionMode):
         ):
             self._mark(sources, getattr(func, "__name__", str(func)))
             return
+        row_dims = rule.row_dims(call, output.shape)
+        if not row_dims:
+            self._mark(sources, "no dimension of its use is the examples'")
+            return
         whole = self._whole(output)
         self.uses.append(
             Use(
@@ -269,7 +297,8 @@ class Capture(TorchFunctionMode):
                 0 if call.input is None else call.input._version,
                 output.shape,
                 (output.detach(), output._version) if whole is None and output._is_view() else None,
-                number,
+                row_dims,
+                self._is_moved,
             )
         )
 
@@ -343,13 +372,5 @@ def _is_recomputed() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
-def _writes(func: Callable[..., Any]) -> bool:
-    """Whether a call writes its first argument: `add_`, `__iadd__`, `__setitem__`."""
-    name = getattr(func, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or name in _WRITING
-
-
-_WRITING = {
-    "__setitem__",
-    *(f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "pow", "floordiv", "mod")),
-}
+def _is_complex(output: Tensor, args: tuple[Any, ...]) -> bool:
+    return output.is_complex() or any(isinstance(a, Tensor) and a.is_complex() for a in args)

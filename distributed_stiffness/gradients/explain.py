@@ -11,8 +11,10 @@ from torch import nn
 from distributed_stiffness.gradients.batches import Examples, count_examples, pair, take
 from distributed_stiffness.gradients.budget import fit, free_memory
 from distributed_stiffness.gradients.loss_head import Loss, WholeLoss
-from distributed_stiffness.gradients.per_example import EXAMPLES, FACTOR_BYTES, PerExampleGradients
+from distributed_stiffness.gradients.evidence import EXAMPLES
+from distributed_stiffness.gradients.per_example import FACTOR_BYTES, PerExampleGradients
 from distributed_stiffness.gradients.recipe import Recipe
+from distributed_stiffness.gradients.surroundings import in_fresh_surroundings
 from distributed_stiffness.plan import Plan, in_words
 
 FORMS = {
@@ -107,15 +109,17 @@ class Explanation:
                 else ""
             )
         )
+        yield f"checks: {self.plan.described_checks()}"
 
 
+@in_fresh_surroundings
 def explain(
     model: nn.Module,
     loss: Loss,
     examples: Examples,
     *,
     n_examples: int | None = None,
-    parameters: Sequence[str] | None = None,
+    parameters: Sequence[str] | str | None = None,
     precision: str = "float32",
     memory: int | None = None,
 ) -> Explanation:
@@ -124,7 +128,7 @@ def explain(
     Args:
         model: as in `cosine_matrix`.
         loss: as in `cosine_matrix`.
-        examples: at least three.
+        examples: one at least.
         n_examples: for a matrix of so many; None: as many as there are `examples`.
         parameters: as in `cosine_matrix`.
         precision: as in `cosine_matrix`.
@@ -163,7 +167,7 @@ def explain(
 def _costs(gradients: PerExampleGradients, recipe: Recipe, pass_work: int) -> Iterator[Cost]:
     itemsize = gradients.precision.rows.itemsize
     joined = {name: layer for layer in recipe.layers.values() for name in layer.names[1:]}
-    for name, parameter in gradients.parameters.items():
+    for name in gradients.parameters:
         layer, rule = recipe.layers.get(name), recipe.rules[name]
         if name in recipe.factored_parameters:
             if layer is not None:
@@ -178,12 +182,12 @@ def _costs(gradients: PerExampleGradients, recipe: Recipe, pass_work: int) -> It
         elif name in recipe.one_by_one:
             form, making = "one by one", 2 * pass_work
         elif name in recipe.unused:
-            yield Cost((name,), parameter.numel(), rule, "unused", None, 0, 0, 0, 0.0)
+            yield Cost((name,), recipe.numbers[name], rule, "unused", None, 0, 0, 0, 0.0)
             continue
         place = layer or joined.get(name)
         yield Cost(
-            (name,), parameter.numel(), rule, form, None if place is None else place.positions,
-            making, parameter.numel(), parameter.numel() * itemsize, 0.0,
+            (name,), recipe.numbers[name], rule, form, None if place is None else place.positions,
+            making, recipe.numbers[name], recipe.numbers[name] * itemsize, 0.0,
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ Axis letters: N rows, M columns, P parameters in dense form, T positions, d inpu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -122,6 +122,13 @@ class Factors:
             torch.cat([torch.zeros_like(self.b_NT), self.b_NT[:, :1]], 1),
         )
 
+    def padded(self, n_positions: int) -> Factors:
+        """Return the same gradients with positions of zeros behind the others."""
+        more = n_positions - self.n_positions
+        if more <= 0:
+            return self
+        return self.map(lambda t: torch.cat([t, t.new_zeros(len(t), more, *t.shape[2:])], 1))
+
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return A, D and b."""
         return self.A_NTd, self.D_NTp, self.b_NT
@@ -193,11 +200,27 @@ class Rows:
         """Return room for n rows of this kind."""
         return self.map(lambda t: torch.empty(n, *t.shape[1:], dtype=t.dtype, device=t.device))
 
-    def copy_(self, other: Rows) -> None:
-        """Write other rows here, but for the dense part where it is here already."""
-        for target, source in zip(self.tensors(), other.tensors(), strict=True):
-            if target.data_ptr() != source.data_ptr():
-                target.copy_(source)
+    def with_room_for(self, other: Rows) -> Rows:
+        """Return these rows with as many positions as others have: sequences differ in length."""
+        positions = [f.n_positions for f in other.factors]
+        if all(f.n_positions >= n for f, n in zip(self.factors, positions, strict=True)):
+            return self
+        padded = [f.padded(n) for f, n in zip(self.factors, positions, strict=True)]
+        return replace(self, factors=tuple(padded))
+
+    def put(self, places: slice | Tensor, other: Rows) -> None:
+        """Write other rows at some places, but for the dense part where it is there already."""
+        theirs = other
+        if self.factors:
+            padded = [
+                g.padded(f.n_positions) for f, g in zip(self.factors, other.factors, strict=True)
+            ]
+            theirs = replace(other, factors=tuple(padded))
+        for target, source in zip(self.tensors(), theirs.tensors(), strict=True):
+            if isinstance(places, Tensor):
+                target[places] = source
+            elif target[places].data_ptr() != source.data_ptr():
+                target[places] = source
 
 
 def unit_rows(
@@ -267,31 +290,33 @@ def collect(
     size: int,
     into: Sequence[Rows] | None = None,
     *,
-    finish: Callable[[Sequence[Rows]], None] | None = None,
+    finish: Callable[[list[Rows]], None] | None = None,
     finished_together: int = 1,
 ) -> list[Rows]:
     """Make rows batch by batch, each where it belongs in the whole.
 
     Args:
-        make: makes the rows of some examples, one block for each recipe, into given room if any.
+        make: makes the rows of some examples, one block for each recipe; the dense part into given
+            room, if any.
         rows: the examples.
         size: examples of a batch.
         into: room for all of them; new room where not given.
         finish: is called with all of them when as many more examples are made, and at the end.
         finished_together: so many.
     """
-    whole, n = into, rows.stop - rows.start
+    whole, n = None if into is None else list(into), rows.stop - rows.start
     for batch in pieces(rows, size):
         place = slice(batch.start - rows.start, batch.stop - rows.start)
         made = make(batch, whole and [room[place] for room in whole])
         if whole is None:
             whole = made if len(made[0]) == n else [block.empty(n) for block in made]
-            for room, block in zip(whole, made, strict=True):
-                room[place].copy_(block)
+        for k, block in enumerate(made):
+            whole[k] = whole[k].with_room_for(block)
+            whole[k].put(place, block)
         is_enough = place.start // finished_together < place.stop // finished_together
         if finish is not None and (is_enough or place.stop == n):
             finish(whole)
-    return list(whole or ())
+    return whole or []
 
 
 def cosine(

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from distributed_stiffness.errors import GradientError, ModelError
+from distributed_stiffness.errors import GradientError, ModelError, StiffnessError
 from distributed_stiffness.gradients.batches import Nest
 from distributed_stiffness.gradients.precision import Precision
+from distributed_stiffness.gradients.surroundings import NoLessThan, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,10 @@ def logits_of(outputs: Nest) -> Tensor:
     """
     if isinstance(outputs, Tensor):
         return outputs
-    if isinstance(outputs, Mapping) and isinstance(outputs.get("logits"), Tensor):
-        logits: Tensor = outputs["logits"]
-        return logits
+    found = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    found = getattr(outputs, "logits", None) if found is None else found
+    if isinstance(found, Tensor):
+        return found
     raise ModelError(
         f"the network returned {type(outputs).__name__}, and cross_entropy needs one tensor (N,"
         " classes), or a part named logits: pass a callable (outputs, targets) -> (N,)"
@@ -196,6 +198,12 @@ def _cross_entropy(z_NC: Tensor, targets: Nest, leaf: int) -> LossHead:
         )
     if targets.is_floating_point():
         raise ModelError(f"cross_entropy needs integer targets, got {targets.dtype}")
+    if z_NC.shape[1] < 2:
+        raise ModelError(
+            "the network has 1 output, and cross_entropy of a single class is 0 whatever the"
+            " weights: give the loss that it was trained with as a callable, such as lambda o, t:"
+            " binary_cross_entropy_with_logits(o[:, 0], t.double(), reduction='none')"
+        )
     targets = targets.long()
     for label in (int(targets.max()), int(targets.min())):
         if not 0 <= label < z_NC.shape[1]:
@@ -239,17 +247,31 @@ def losses_of(
     }
     if not z:
         raise ModelError("the network returned no tensor of floating-point numbers")
-    doubled = [z.get(i, leaf) for i, leaf in enumerate(leaves)]
-    with torch.enable_grad():
-        return z, loss(pytree.tree_unflatten(doubled, structure), targets)
+    doubled = pytree.tree_unflatten([z.get(i, leaf) for i, leaf in enumerate(leaves)], structure)
+    try:
+        with torch.enable_grad(), NoLessThan(torch.float64):
+            return z, loss(doubled, targets)
+    except Exception as error:  # the user's own code: any type of error
+        if isinstance(error, StiffnessError) or is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"the loss fails with these outputs and targets: {type(error).__name__}: {error};"
+            " expected a function of (outputs, targets) that gives one number an example"
+        ) from error
 
 
 def _any_loss(z: Mapping[int, Tensor], losses: Tensor, targets: Nest) -> LossHead:
     first = next(iter(z.values()))
     n = len(first)
     _require_one_an_example(losses, n)
+    if not losses.requires_grad:
+        raise ModelError(
+            "the loss does not depend on the network's outputs, so that its gradient is 0: expected"
+            " a differentiable function of (outputs, targets)"
+        )
+    leaves = list(z.values())
     with torch.enable_grad():
-        delta = torch.autograd.grad(losses.sum(), list(z.values()), allow_unused=True)
+        delta = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, retain_graph=True)
     used = {i: d for i, d in zip(z, delta, strict=True) if d is not None}
     for i, d in used.items():
         _finite(z[i])
@@ -258,6 +280,7 @@ def _any_loss(z: Mapping[int, Tensor], losses: Tensor, targets: Nest) -> LossHea
                 f"the loss uses an output of shape {tuple(d.shape)} for {n} examples, expected N"
                 " first"
             )
+    _require_own_losses(losses, {i: z[i] for i in used}, used)
     # Scaled twice: the squares of a norm would overflow or underflow long before it does.
     peak = _over_all([d.abs().reshape(n, -1).amax(1) for d in used.values()]).amax(0)
     directions = [d / _beside(torch.where(peak > 0, peak, 1.0), d) for d in used.values()]
@@ -271,6 +294,27 @@ def _any_loss(z: Mapping[int, Tensor], losses: Tensor, targets: Nest) -> LossHea
         correct=_is_correct(first, targets, n),
         leaves=tuple(used),
     )
+
+
+def _require_own_losses(losses: Tensor, z: Mapping[int, Tensor], delta: Mapping[int, Tensor]) -> None:
+    """Check that a loss depends on the outputs of its own example alone.
+
+    Each loss is multiplied by a number of its own: so must be what its example sends back.
+    """
+    n = len(losses)
+    times = torch.arange(1, n + 1, dtype=losses.dtype, device=losses.device) / n
+    with torch.enable_grad():
+        found = torch.autograd.grad(losses, list(z.values()), times, allow_unused=True)
+    for (i, d), scaled in zip(delta.items(), found, strict=True):
+        expected = d * _beside(times, d)
+        size = float(expected.abs().max()) if d.numel() else 0.0
+        if scaled is None or not float((scaled - expected).abs().max()) <= 1e-9 * size:
+            raise GradientError(
+                f"the examples depend on each other in the loss: the loss of one example changes"
+                f" with another's outputs (of shape {tuple(z[i].shape)}), as in a contrastive loss"
+                " or one that is averaged over the batch, so that per-example gradients are not"
+                " defined; give a loss of each example's own outputs and targets"
+            )
 
 
 def _over_all(parts: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -18,30 +17,37 @@ from distributed_stiffness.gradients.batches import (
     prepare,
     take,
 )
+from distributed_stiffness.gradients.network import Network
 
 
-def laid_out_for_a_cpu(model: nn.Module, inputs: Nest) -> tuple[nn.Module, torch.memory_format]:
-    """Return a copy whose images lie in memory as is best, and how.
+def lay_out_for_a_cpu(network: Network, few: Nest) -> torch.memory_format:
+    """Lay the images of a network out in memory as is best, and return how that is.
 
     A CPU's convolutions like channels last. Where groups of channels are normalised they lie
     channel by channel: torch takes the variance of others as E[x²] − E[x]², of which flat images
-    leave three digits (docs/design/0002-numbers.md). The model itself where it has no such layers,
-    takes images that lie channel by channel alone (`view`), or cannot be copied.
+    leave three digits (docs/design/0002-numbers.md). As they are where it has no such layers, or
+    takes images that lie channel by channel alone (`view`).
+
+    Args:
+        network: float32, on a CPU.
+        few: inputs of a few examples.
     """
-    if not any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in model.modules()):
-        return model, torch.preserve_format
+    if not any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in network.module.modules()):
+        return torch.preserve_format
+    network.module.to(memory_format=torch.channels_last)
+    few = prepare(take(few, slice(3)), torch.float32, torch.device("cpu"))
+    few = map_tensors(torch.clone, few)  # a network may write into its inputs
+    args, kwargs = arguments(map_tensors(lambda t: image_in(torch.channels_last, t), few))
     try:
-        copied = copy.deepcopy(model).to(memory_format=torch.channels_last)
-        few = prepare(take(inputs, slice(3)), torch.float32, torch.device("cpu"))
-        few = map_tensors(torch.clone, few)  # a network may write into its inputs
-        args, kwargs = arguments(map_tensors(lambda t: image_in(torch.channels_last, t), few))
-        with torch.no_grad(), _Calls() as calls:
-            copied(*args, **kwargs)
+        with torch.no_grad(), _Calls() as calls, network.running() as module:
+            module(*args, **kwargs)
     except Exception:  # whatever a network's own code raises
-        return model, torch.preserve_format
-    has_groups = bool(calls.seen & {F.group_norm, torch.group_norm})
-    best = torch.contiguous_format if has_groups else torch.channels_last
-    return copied.to(memory_format=best), best
+        network.module.to(memory_format=torch.contiguous_format)
+        return torch.preserve_format
+    if calls.seen & {F.group_norm, torch.group_norm}:
+        network.module.to(memory_format=torch.contiguous_format)
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def image_in(memory_format: torch.memory_format, t: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Each gradient is Σ c D over the elements that share an element of w, with c = 1
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ class _Elementwise(Rule):
         self, left: Any, right: Any, seen: Seen
     ) -> tuple[Tensor, Tensor | None, float] | None:
         """Return the weight, c without its sign (None: 1), and its sign or constant factor."""
+
+    def row_dims(self, call: Call, output: Sequence[int]) -> tuple[int, ...]:  # noqa: ARG002
+        """Those along which the weight is repeated."""
+        (shape,) = call.settings["beside"].values()
+        return tuple(k for k, size in enumerate(shape) if size == 1)
 
     def per_example(self, role: str, call: Call, grad_output: Tensor) -> Tensor:
         """Sum c D over every dimension along which the weight was repeated."""

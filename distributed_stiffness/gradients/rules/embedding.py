@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,10 @@ class Embedding(Rule):
             {"weight": named["weight"]},
             {"padding_idx": _from_start(named.get("padding_idx"), named["weight"])},
         )
+
+    def row_dims(self, call: Call, output: Sequence[int]) -> tuple[int, ...]:  # noqa: ARG002
+        """All but the last."""
+        return tuple(range(len(output) - 1))
 
     def per_example(self, role: str, call: Call, grad_output: Tensor) -> Tensor:
         """Scatter-add the gradients of the outputs into the rows that were looked up."""

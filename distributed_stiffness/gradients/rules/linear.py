@@ -35,6 +35,10 @@ class Linear(Rule):
         roles = {role: named[role] for role in ("weight", "bias") if named.get(role) is not None}
         return Call(named["input"], roles) if seen.output.dim() >= 2 else None
 
+    def row_dims(self, call: Call, output: Sequence[int]) -> tuple[int, ...]:  # noqa: ARG002
+        """All but the last."""
+        return tuple(range(len(output) - 1))
+
     def per_example(self, role: str, call: Call, grad_output: Tensor) -> Tensor:
         """Σ_t D_t ⊗ A_t for the weight, Σ_t D_t for the bias."""
         if role == "bias":

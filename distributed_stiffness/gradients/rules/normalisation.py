@@ -7,6 +7,7 @@ the layers is only how x̂ is made and which positions share.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,6 +87,10 @@ class LayerNorm(_Affine):
     def covers(self, named: dict[str, Any]) -> bool:
         """The first dimension must stay the examples'."""
         return bool(named["input"].dim() > len(named["normalized_shape"]))
+
+    def row_dims(self, call: Call, output: Sequence[int]) -> tuple[int, ...]:
+        """Those before the dimensions that are normalised."""
+        return tuple(range(len(output) - len(call.settings["normalized_shape"])))
 
     def normalised(self, call: Call) -> Tensor:
         """Return the input with mean 0 and variance 1 over the last dimensions."""

@@ -69,8 +69,8 @@ class Rule(ABC):
     """Per-example gradients of one kind of call."""
 
     name: str
-    # Whether the examples may stand at any dimension before those that the call works on, and
-    # share it with positions; else they are the first dimension, alone or with positions.
+    # Whether the rule takes any dimensions of positions between the examples and those that the
+    # call works on; else each row of the first dimension is taken for an example.
     any_leading = False
     # Whether the weight's gradient is a sum over positions, with the output's gradient on the left
     # (else on the right), and the bias's gradient is the sum of that.
@@ -89,6 +89,10 @@ class Rule(ABC):
         `grad_output` is the gradient of each example's loss with respect to the call's output;
         it and the call's input have the examples first.
         """
+
+    def row_dims(self, call: Call, output: Sequence[int]) -> tuple[int, ...]:  # noqa: ARG002
+        """Return the dimensions of output and input along which lie rows, each of one example."""
+        return (0,)
 
     def covers_positions(self, call: Call) -> bool:  # noqa: ARG002
         """Whether `positions` says all about the weight's gradient of this call."""

@@ -1,0 +1,322 @@
+"""Passes over batches of examples, with every use of every parameter caught.
+
+Axis letters: N examples.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from distributed_stiffness.errors import ModelError, StiffnessError
+from distributed_stiffness.gradients.batches import (
+    Nest,
+    arguments,
+    as_nest,
+    count_examples,
+    map_tensors,
+    take,
+    tensors,
+)
+from distributed_stiffness.gradients.capture import Capture, Captured
+from distributed_stiffness.gradients.decompositions import TakenApart
+from distributed_stiffness.gradients.loss_head import (
+    Loss,
+    WholeLoss,
+    loss_head,
+    losses_of,
+    whole_loss_head,
+)
+from distributed_stiffness.gradients.network import Network
+from distributed_stiffness.gradients.parts import Parts
+from distributed_stiffness.gradients.reading import Pass, Reader
+from distributed_stiffness.gradients.recipe import Recipe, make_recipe
+from distributed_stiffness.gradients.surroundings import is_out_of_memory
+
+
+class Passes:
+    """Runs a network on batches, and takes the results apart.
+
+    Args:
+        network: that is run.
+        loss: its tensors in float64.
+        parameters: in play, by name.
+        constants: parameters that are not.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        loss: Loss,
+        parameters: Mapping[str, Tensor],
+        constants: Collection[Tensor],
+    ) -> None:
+        self._network, self._loss = network, loss
+        self._called = _Called.of(network.module, loss)
+        self._parameters, self._constants = parameters, constants
+        self.reader = Reader()
+        self._copying: frozenset[str] = frozenset()
+        self._one_by_one_names: set[str] = set()
+        self._unbatched: set[str] = set()
+
+    def learn_from(self, other: Passes) -> None:
+        """Share what passes of the same network in another precision have shown."""
+        self.reader, self._copying = other.reader, other._copying
+        self._one_by_one_names, self._unbatched = other._one_by_one_names, other._unbatched
+
+    def run(self, inputs: Nest, targets: Nest, copying: Collection[str] | None = None) -> Pass:
+        """Make a forward pass and the loss at its end."""
+        n = count_examples(inputs)
+        args, kwargs = self._called.arguments(map_tensors(torch.clone, inputs), targets)
+        capture = Capture(
+            self._parameters,
+            self._constants,
+            tensors((args, kwargs)),
+            self._copying if copying is None else copying,
+        )
+        try:
+            with torch.enable_grad(), capture, self._network.running():
+                outputs = as_nest(self._called.module(*args, **kwargs))
+        except Exception as error:  # the user's own code: any type of error
+            if isinstance(error, StiffnessError) or is_out_of_memory(error):
+                raise
+            raise ModelError(
+                f"the network does not run on these {n} examples: {type(error).__name__}: {error};"
+                f" they were {_described(inputs)}"
+            ) from error
+        if isinstance(self._loss, WholeLoss):
+            head = whole_loss_head(outputs, n)
+        else:
+            _require_examples_first(outputs, n)
+            head = loss_head(self._loss, outputs, targets)
+        return Pass(inputs, targets, n, capture, head, head.chosen(outputs))
+
+    @torch.no_grad()
+    def forward(self, inputs: Nest, targets: Nest) -> None:
+        """Make a forward pass, of the calls that `run` makes."""
+        args, kwargs = self._called.arguments(map_tensors(torch.clone, inputs), targets)
+        with TakenApart(), self._network.running():
+            outputs = as_nest(self._called.module(*args, **kwargs))
+        if callable(self._loss):
+            losses_of(self._loss, outputs, targets)
+
+    def parts(self, done: Pass, hard: Collection[str], *, anew: bool = False) -> Parts:
+        """Differentiate.
+
+        Args:
+            done: a pass.
+            hard: parameters that no rule makes.
+            anew: whether it is found in this pass whose the rows are, whatever is known.
+        """
+        return self._taken_apart(done, hard, anew=anew)[0]
+
+    def _taken_apart(
+        self, done: Pass, hard: Collection[str], *, anew: bool = False
+    ) -> tuple[Parts, list[tuple[str, str, Captured]], dict[str, str]]:
+        """Return the parts, every use of every source, and why a parameter has no rule."""
+        reading, grads = self.reader.read(done, anew=anew)
+        derived = done.capture.derived
+        why = dict.fromkeys(hard, "its uses do not tell its gradient")
+        for source, reason in reading.why.items():
+            # What cannot be done for a tensor made of parameters cannot be done for those.
+            of = derived[source].parameters if source in derived else [source]
+            for name in of:
+                why.setdefault(name, reason)
+        uses: list[tuple[str, str, Captured]] = []
+        for use, grad, layout in zip(done.capture.uses, grads, reading.layouts, strict=True):
+            if grad is not None and layout is not None:
+                one = Captured.of(use, grad, layout)
+                uses += [(source, role, one) for role, source in use.names.items()]
+        captured: dict[str, list[tuple[str, Captured]]] = defaultdict(list)
+        for source, role, one in uses:
+            captured[source].append((role, one))
+        through: dict[str, list[str]] = defaultdict(list)
+        for source in captured:
+            for name in derived[source].parameters if source in derived else ():
+                through[name].append(source)
+        names = tuple(name for name in self._parameters if name in why)
+        parts = Parts(
+            done,
+            self._parameters,
+            dict(captured),
+            self._by_functions(done, names),
+            dict(through),
+            self._unbatched,
+        )
+        return parts, uses, why
+
+    def read_recipe(self, inputs: Nest, targets: Nest) -> Recipe:
+        """Read the recipe from a few examples."""
+        # One example again and again: what differs between the two passes is their number.
+        alike = [take((inputs, targets), torch.zeros(n, dtype=torch.int64)) for n in (2, 3)]
+        two, three = (self.run(*some, copying=()).capture for some in alike)
+        self._copying = _copying(two, three)
+        parts, uses, why = self._taken_apart(self.run(inputs, targets), ())
+        loops = {name for name in why if name in self._one_by_one_names}
+        return make_recipe(
+            uses,
+            parts.through,
+            why,
+            self._parameters,
+            functional=why.keys() - loops,
+            one_by_one=loops,
+        )
+
+    # What has no rule
+
+    def _by_functions(self, done: Pass, names: Sequence[str]) -> dict[str, Tensor]:
+        """Differentiate by torch.func, or what even that cannot do one example at a time."""
+        batched = tuple(name for name in names if name not in self._one_by_one_names)
+        found: dict[str, Tensor] = {}
+        if batched:
+            try:
+                with warnings.catch_warnings():
+                    # Where torch.func has no batched kernel it loops too, under a warning.
+                    warnings.filterwarnings("error", "There is a performance drop")
+                    found = self._functional(done, batched)
+            except Exception as error:  # whatever torch.func cannot trace: any type of error
+                if is_out_of_memory(error):
+                    raise
+                self._one_by_one_names.update(batched)
+                modules = sorted({name.rpartition(".")[0] or "the network" for name in batched})
+                warnings.warn(
+                    f"no structured rule and no torch.func for {', '.join(batched)} (in"
+                    f" {', '.join(modules)}): their gradients are computed one example at a time,"
+                    f" which takes as long as training on single examples. torch.func said: {error}",
+                    stacklevel=2,
+                )
+        alone = tuple(name for name in names if name in self._one_by_one_names)
+        return found | (self._one_by_one(done, alone) if alone else {})
+
+    def _functional(self, done: Pass, names: tuple[str, ...]) -> dict[str, Tensor]:
+        called = self._called
+        parameters = {called.prefix + name: self._parameters[name].detach() for name in names}
+
+        def projected(
+            chosen: dict[str, Tensor], inputs: Nest, targets: Nest, directions: tuple[Tensor, ...]
+        ) -> Tensor:
+            one = map_tensors(lambda t: t.unsqueeze(0), (inputs, targets))
+            args, kwargs = called.arguments(*one)
+            outputs = torch.func.functional_call(called.module, chosen, args, kwargs)
+            outputs = as_nest(outputs)
+            parts = zip(done.head.chosen(outputs), directions, strict=True)
+            return torch.stack([(o.squeeze(0) * d).sum() for o, d in parts]).sum()
+
+        # No graph over the parameters that are not asked for; of the attention kernels only the
+        # plain one can be batched over examples.
+        with (
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            TakenApart(),
+            self._network.running(),
+        ):
+            per_example = torch.func.vmap(torch.func.grad(projected), in_dims=(None, 0, 0, 0))
+            inputs = map_tensors(torch.clone, done.inputs)
+            found = per_example(parameters, inputs, done.targets, done.head.directions)
+        return {name: found[called.prefix + name] for name in names}
+
+    def _one_by_one(self, done: Pass, names: tuple[str, ...]) -> dict[str, Tensor]:
+        parameters = [self._parameters[name] for name in names]
+        found: list[list[Tensor]] = []
+        for i in range(done.n):
+            inputs, targets = take((done.inputs, done.targets), slice(i, i + 1))
+            args, kwargs = self._called.arguments(map_tensors(torch.clone, inputs), targets)
+            with torch.enable_grad(), self._network.running():
+                outputs = done.head.chosen(as_nest(self._called.module(*args, **kwargs)))
+                starts = [
+                    (o, d[i : i + 1])
+                    for o, d in zip(outputs, done.head.directions, strict=True)
+                    if o.requires_grad
+                ]
+                grads = (
+                    torch.autograd.grad(
+                        [o for o, _ in starts],
+                        parameters,
+                        [d for _, d in starts],
+                        allow_unused=True,
+                    )
+                    if starts
+                    else [None] * len(parameters)
+                )
+            found.append(
+                [
+                    torch.zeros_like(p) if g is None else g.to_dense()
+                    for p, g in zip(parameters, grads, strict=True)
+                ]
+            )
+        return {
+            name: torch.stack(column)
+            for name, column in zip(names, zip(*found, strict=True), strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class _Called:
+    """The module that is called: the network, or one with its loss inside."""
+
+    module: nn.Module
+    prefix: str  # of the network's parameters in it
+    takes_targets: bool
+
+    @staticmethod
+    def of(model: nn.Module, loss: Loss) -> _Called:
+        if isinstance(loss, WholeLoss):
+            return _Called(_LossInside(model, loss), "model.", takes_targets=True)
+        return _Called(model, "", takes_targets=False)
+
+    def arguments(self, inputs: Nest, targets: Nest) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what the module is called with."""
+        if not self.takes_targets:
+            return arguments(inputs)
+        return (inputs if targets is None else (inputs, targets),), {}
+
+
+class _LossInside(nn.Module):
+    """A network and its `WholeLoss`, called as one."""
+
+    def __init__(self, model: nn.Module, loss: WholeLoss) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: Nest) -> Tensor:
+        return self.loss.function(self.model, batch)
+
+
+def _copying(two: Capture, three: Capture) -> frozenset[str]:
+    """Calls whose output grows with the number of examples though they take sources alone."""
+    growing = {
+        name
+        for name, source in three.derived.items()
+        if name in two.derived and two.derived[name].tensor.shape != source.tensor.shape
+    }
+    return frozenset(
+        three.derived[name].call
+        for name in growing
+        if not growing.intersection(three.derived[name].made_of)
+    )
+
+
+def _described(inputs: Nest) -> str:
+    return ", ".join(
+        f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors(inputs)
+    )
+
+
+def _require_examples_first(outputs: Nest, n: int) -> None:
+    found = tensors(outputs)
+    if not found:
+        raise ModelError(
+            f"the network returned {type(outputs).__name__}, expected a tensor with N first, or a"
+            " nest of such"
+        )
+    if isinstance(outputs, Tensor) and (outputs.dim() == 0 or len(outputs) != n):
+        raise ModelError(
+            f"the network returned shape {tuple(outputs.shape)} for {n} examples, expected N first"
+        )
