@@ -63,12 +63,8 @@ class TestOrder:
         in_order(name, torch.arange(N).flip(0))
 
     def test_small_ones_first(self, name):
-        """The first few are the shortest, or all go one way."""
+        """The first few are the shortest, or all go one way; the last the longest."""
         in_order(name, sizes_of(name).argsort(stable=True))
-
-    def test_large_ones_first(self, name):
-        """The first few are the longest, or all go the other way."""
-        in_order(name, sizes_of(name).argsort(stable=True, descending=True))
 
     def test_the_first_eight_are_alike(self, name):
         """What eight examples of one size show is not believed of the others."""
@@ -78,10 +74,9 @@ class TestOrder:
         rest = torch.tensor([i for i in range(N) if i not in alike.tolist()])
         in_order(name, torch.cat([alike, rest]))
 
-    @pytest.mark.parametrize("seed", range(2))
-    def test_any_order(self, name, seed):
+    def test_any_order(self, name):
         """The matrix of permuted examples is the permuted matrix."""
-        in_order(name, torch.randperm(N, generator=torch.Generator().manual_seed(seed)))
+        in_order(name, torch.randperm(N))
 
 
 @ALL
