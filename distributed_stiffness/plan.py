@@ -48,6 +48,7 @@ class Plan:
     checked_share: float = 0.1  # of each batch that is compared with plain autograd
     checked_work: float = 0.0  # of that, as a share of the whole work
     sample: int = 96  # examples that are computed again for the error bound
+    allow_error: bool = False  # whether a bound above what is allowed is let pass
 
     @property
     def tiling(self) -> Tiling:
@@ -125,7 +126,8 @@ class Plan:
             f" {in_words(self.row_bytes)} a gradient, {held:,} held at a time"
             f" ({in_words(held * self.row_bytes)} of {in_words(self.memory)} a replica)"
             + (f", each made {made:.1f} times" if made > 1 else "")
-            + f"; {self.described_checks()}; up to {in_words(self.store_bytes)} on disk, and the checkpoints"
+            + f"; {self.described_checks()}; up to {in_words(self.store_bytes)} on disk, and the"
+            " checkpoints"
         )
 
     def described_checks(self) -> str:

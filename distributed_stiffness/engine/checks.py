@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from distributed_stiffness.engine.whole_matrix import classes_to_check
-from distributed_stiffness.gradients.error_bound import HALF
 from distributed_stiffness.plan import BLOCK_SHARE, Plan
+
+WHOLE_SHARE = 0.03  # of a study's work, for the check of a whole matrix
 
 
 def sample_memory(plan: Plan, n_parameters: int) -> int:
@@ -21,7 +22,7 @@ def sample_memory(plan: Plan, n_parameters: int) -> int:
 
     Four blocks of the sample at least, so that a large network's are not made too often.
     """
-    return min(int(BLOCK_SHARE * plan.memory), max(2**28, HALF * 8 * n_parameters))
+    return min(int(BLOCK_SHARE * plan.memory), max(2**28, plan.sample // 2 * 8 * n_parameters))
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class SampleWork:
 
 def sample_work(plan: Plan, n_parameters: int) -> SampleWork:
     """Return what `Reference.cosines` makes of a sample: each block meets itself and all after."""
-    n = min(2 * HALF, plan.n_examples)
+    n = min(plan.sample, plan.n_examples)
     block = max(1, min(n, sample_memory(plan, n_parameters) // (2 * 8 * n_parameters)))
     met = [n - start for start in range(0, n, block)]
     return SampleWork(gradients=sum(met), pairs=sum(min(block, left) * left for left in met))
@@ -47,7 +48,7 @@ def remade_gradients(plan: Plan) -> int:
     """
     if not plan.sums_bytes:
         return 0
-    n, rows = plan.n_examples, min(HALF, plan.n_examples)
+    n, rows = plan.n_examples, min(plan.sample // 2, plan.n_examples)
     return n * math.ceil(rows / plan.batch) + rows * math.ceil(n / plan.batch)
 
 
@@ -66,7 +67,16 @@ def classes_of_whole_matrix(plan: Plan, labels: np.ndarray, n_parameters: int) -
         n_parameters=n_parameters,
         n_checkpoints=plan.n_checkpoints,
         memory=int(BLOCK_SHARE * plan.memory),
+        affordable=_affordable(plan),
     )
+
+
+def _affordable(plan: Plan) -> int:
+    """Return of how many examples float64 sums take their share of the study's work."""
+    making = plan.n_examples * plan.gradients_per_example * plan.making_work
+    total = plan.n_checkpoints * (making + plan.n_examples**2 / 2 * plan.pair_work)
+    # A pass in float64, with the parameters' gradients, against the same in float32.
+    return int(WHOLE_SHARE * total / max(1, 2 * plan.making_work))
 
 
 def n_undecided(tile: np.ndarray, bound: float, *, diagonal: bool) -> int:

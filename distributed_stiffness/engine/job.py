@@ -23,6 +23,7 @@ from distributed_stiffness.engine.replica import Receipt
 from distributed_stiffness.engine.scheduler import Assignment, Scheduler
 from distributed_stiffness.engine.whole_matrix import ClassMeans, is_checked_whole
 from distributed_stiffness.errors import GradientError, StiffnessError, StoreError
+from distributed_stiffness.gradients.error_bound import allowed_error
 from distributed_stiffness.plan import Plan, in_words
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.store import WHOLE_MATRIX_CHECK, Store, now, training_run, weights_key
@@ -276,7 +277,16 @@ class Job:
         else:
             if "finished" not in self.store.attrs:
                 self.store.set_attrs(finished=now())
-            self.progress.say(describe_bounds(self._bounds(), self.plan.n_examples))
+            bounds, allowed = self._bounds(), allowed_error(self.study.gradients.precision)
+            self.progress.say(describe_bounds(bounds, self.plan.n_examples))
+            above = [bound for bound in bounds if not bound.error <= allowed]
+            if above:
+                self.store.set_attrs(allow_error=True)
+                self.progress.say(
+                    f"WARNING: the error bound of {len(above)} of {len(bounds)} checkpoints is"
+                    f" above the {allowed:g} that is allowed, and was let pass (--allow-error):"
+                    " their cosines and signs are not certain"
+                )
 
     def _bounds(self) -> list[Bound]:
         error, undecided = map(self.store.of_checkpoints, ("error_bound", "undecided"))

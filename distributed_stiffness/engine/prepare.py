@@ -7,11 +7,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
 
 from distributed_stiffness.data.selection import StudyData, select
 from distributed_stiffness.engine.job import Job
@@ -21,11 +20,14 @@ from distributed_stiffness.engine.speed import measure, measure_checks
 from distributed_stiffness.engine.sums import Folding, bin_edges, bytes_of_sums
 from distributed_stiffness.errors import StoreError, StudyError
 from distributed_stiffness.factories import import_loss
-from distributed_stiffness.gradients.batches import Nest, call, from_numpy
+from distributed_stiffness.gradients.batches import Nest, from_numpy
 from distributed_stiffness.gradients.budget import fit
-from distributed_stiffness.gradients.per_example import EXAMPLES, PerExampleGradients
+from distributed_stiffness.gradients.evidence import ALL_ZERO, EXAMPLES
+from distributed_stiffness.gradients.from_evidence import gradients_of_evidence
+from distributed_stiffness.gradients.per_example import PerExampleGradients
 from distributed_stiffness.gradients.precision import precision_mode
-from distributed_stiffness.gradients.self_check import self_check
+from distributed_stiffness.gradients.self_check import check_gradients
+from distributed_stiffness.gradients.surroundings import undisturbed
 from distributed_stiffness.models import check_outputs
 from distributed_stiffness.paths import Location, is_url, located, require_writable
 from distributed_stiffness.plan import Plan
@@ -64,6 +66,7 @@ class Run:
     memory: int | None = None  # bytes a replica may use; None: its share of the node's
     rows: tuple[int, int] | None = None  # of the matrices, first and last + 1; None: all
     wait_for_nodes: float | None = None  # seconds; None: only when an autoscaler can help
+    allow_error: bool = False  # keep numbers though their error bound is above what is allowed
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -167,14 +170,7 @@ class Prepared:
         speed = replace(speed, checks=measure_checks(gradients, examples, plan, labels, speed))
         if self.study.gradients.precision == "float64":
             return speed
-        exact = PerExampleGradients(
-            self.gradients.model,
-            self.gradients.loss,
-            examples,
-            parameters=self.study.gradients.parameters,
-            precision="float64",
-            factored=plan.factored,
-        )
+        exact = gradients.in_float64
         return replace(speed, exact=measure(exact, examples, plan, folding))
 
     def plan(self, memory: int, device: str) -> Plan:
@@ -197,7 +193,7 @@ class Prepared:
         )
         if study.keep == "sums":
             plan = replace(plan, sums_bytes=bytes_of_sums(self.data, study.distance_bins))
-        return stored_plan(url, plan)
+        return stored_plan(url, replace(plan, allow_error=self.run.allow_error))
 
 
 def prepare(study: Study, run: Run, progress: Progress) -> Prepared:
@@ -241,55 +237,37 @@ def _described(study: Study, data: StudyData) -> str:
 
 def _checked(study: Study, data: StudyData, progress: Progress) -> PerExampleGradients:
     """Try the network on a few examples, then its gradients against the definition."""
+    if data.n_examples < 2:
+        raise StudyError(f"{data.n_examples} example has no pairs: give 2 or more")
     model = build_model(study, data, study.training.seeds[0])
-    inputs, targets = _sample(data)
+    inputs, _ = _examples(data, slice(0, EXAMPLES))
     loss, name = import_loss(study.loss), study.model.name
     # A network of others may know more classes than the examples have.
     exactly = not study.training.imported
     check_outputs(model, inputs, data.labelled.n_classes, name, loss=loss, exactly=exactly)
-    model.eval()
-    if callable(loss):
-        _try_loss(loss, study.loss, model, inputs, targets)
-    checked = self_check(model, loss, inputs, targets, parameters=study.gradients.parameters)
+    precision = study.gradients.precision
+    with undisturbed():
+        gradients, evidence = gradients_of_evidence(
+            model.eval(),
+            loss,
+            lambda some: _examples(data, some),
+            data.n_examples,
+            parameters=study.gradients.parameters,
+            # On this process's CPU; what needs a GPU has rows like float32's.
+            precision="float32" if precision_mode(precision).cuda_only else precision,
+        )
+        check_gradients(gradients, *_examples(data, evidence.places))
+    if evidence.is_zero:
+        progress.say(f"note: {ALL_ZERO.format(n=data.n_examples)}")
     progress.say(
-        f"self-check: {checked.n_parameters:,} parameters, {len(targets)} examples agree with"
-        f" one-example float64 autograd{_unused(checked)}"
+        f"self-check: {gradients.n_parameters:,} parameters, {len(evidence.places)} examples agree"
+        f" with one-example float64 autograd{_unused(gradients)}"
     )
-    return PerExampleGradients(
-        model,
-        loss,
-        (inputs, targets),
-        parameters=study.gradients.parameters,
-        # On this process's CPU; what needs a GPU has rows like float32's.
-        precision="float32"
-        if precision_mode(study.gradients.precision).cuda_only
-        else study.gradients.precision,
-    )
+    return gradients
 
 
-def _sample(data: StudyData) -> tuple[Nest, torch.Tensor]:
-    if data.n_examples < 3:
-        raise StudyError(f"{data.n_examples} examples are too few for pairs; give at least 3")
-    return _examples(data, slice(0, EXAMPLES))
-
-
-def _examples(data: StudyData, chosen: slice) -> tuple[Nest, torch.Tensor]:
+def _examples(data: StudyData, chosen: slice | np.ndarray) -> tuple[Nest, torch.Tensor]:
     return from_numpy(data.inputs(chosen)), torch.from_numpy(data.examples.labels[chosen].copy())
-
-
-def _try_loss(
-    loss: Callable[..., Any], name: str, model: nn.Module, inputs: Nest, targets: torch.Tensor
-) -> None:
-    """Call a loss of the user's own once; what it returns is looked at by the self-check."""
-    try:
-        with torch.no_grad():
-            loss(call(model, inputs), targets)
-    except Exception as error:  # the user's own code: any type of error
-        raise StudyError(
-            f"loss {name!r} fails with outputs and targets of {len(targets)} examples:"
-            f" {type(error).__name__}: {error}; expected a function of (outputs, targets) that"
-            " gives one number an example"
-        ) from error
 
 
 def _unused(gradients: PerExampleGradients) -> str:

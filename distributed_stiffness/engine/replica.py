@@ -35,10 +35,11 @@ from distributed_stiffness.engine.whole_matrix import (
 from distributed_stiffness.errors import GradientError
 from distributed_stiffness.factories import import_loss
 from distributed_stiffness.gradients.batches import Nest, from_numpy, map_tensors
-from distributed_stiffness.gradients.error_bound import error_bound, sample_examples
+from distributed_stiffness.gradients.error_bound import bound_of, refuse_bound, sample_examples
+from distributed_stiffness.gradients.from_evidence import gradients_of_evidence
 from distributed_stiffness.gradients.gram import Rows, collect, cosine, folded_product
-from distributed_stiffness.gradients.per_example import EXAMPLES, PerExampleGradients
-from distributed_stiffness.gradients.reference import Reference
+from distributed_stiffness.gradients.per_example import PerExampleGradients, RecipeChanged
+from distributed_stiffness.gradients.surroundings import is_out_of_memory
 from distributed_stiffness.plan import ROWS_SHARE, Plan
 from distributed_stiffness.store import Store, training_run
 from distributed_stiffness.study import Study
@@ -51,10 +52,6 @@ Product = Callable[[Rows, Rows], Tensor]
 _ARRAYS = {"pairs": "cosine", "distance": "distance"}
 _Key = tuple[str, Checkpoint | None, int]  # kind of task, checkpoint, first example
 _MODELS = 2  # networks kept loaded: of the task that computes, and of the next
-_OUT_OF_MEMORY = (
-    "can't allocate memory", "bad_alloc", "out of memory", "Cannot allocate memory",
-    "could not create a primitive",  # oneDNN, where it cannot have room for its code
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -182,6 +179,9 @@ class Replica:
             try:
                 _KINDS[task.kind](self, task)
                 return self._work
+            except RecipeChanged:
+                self._held.clear()  # rows of the form that they had
+                continue
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -231,7 +231,7 @@ class Replica:
             X = X / torch.where(length > 0, length, 1.0).unsqueeze(1).to(X.dtype)
             made = Rows((), X, torch.ones(len(X), device=X.device), length, length, length > 0)
             for room in into or ():
-                room.copy_(made)
+                room.put(slice(None), made)
             return list(into or [made])
 
         def make_all(examples: slice, into: Sequence[Rows] | None) -> list[Rows]:
@@ -249,20 +249,18 @@ class Replica:
             self.plan.n_examples,
             self._cosine_reader(checkpoint),
             seed=(checkpoint.learning_rate, checkpoint.seed, checkpoint.iteration),
+            size=self.plan.sample,
         )
-        inputs, targets = self._examples(sample.examples)
+        examples = self._examples(sample.examples)
         gradients = self._gradients_of(checkpoint)
-        bound = error_bound(
-            gradients.model,
-            self.loss,
-            inputs,
-            targets,
-            sample.cosines,
-            names=list(gradients.parameters),
-            memory=sample_memory(self.plan, gradients.n_parameters),
-        )
+        memory = sample_memory(self.plan, gradients.n_parameters)
+        true = gradients.in_float64.plain.cosines(*examples, memory=memory).numpy()
+        found = bound_of(sample.cosines, true, symmetric=True)
+        if not self.plan.allow_error:
+            n_sample = len(sample.examples)
+            refuse_bound(found, gradients, (sample.examples, examples), n_sample=n_sample)
         sums = self._class_sums(checkpoint, gradients.n_parameters)
-        bound, undecided = self._undecided(checkpoint, bound, sums)
+        bound, undecided = self._undecided(checkpoint, found.bound, sums)
         if sums is not None:
             self._work.class_means = self._compared(sums, checkpoint, bound)
         if self.study.training.imported:
@@ -280,7 +278,9 @@ class Replica:
         gradients = self._gradients_of(checkpoint)
 
         def product(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-            left, right = (gradients.rows(*self._examples(some)) for some in (rows, columns))
+            left, right = gradients.settled(
+                lambda: [gradients.rows(*self._examples(some)) for some in (rows, columns)]
+            )
             return cosine(left, right, gradients.precision).cpu().numpy()
 
         return pair_reader(product, self.plan.batch)
@@ -319,7 +319,7 @@ class Replica:
             GradientError: they differ by more than the error bound explains.
         """
         gradients = self._gradients_of(checkpoint)
-        reference = Reference(gradients.model, self.loss, list(gradients.parameters))
+        reference = gradients.in_float64.plain
         (norm,) = self.store.numbers(checkpoint, "gradient_norm")
         totals = torch.zeros(len(sums.classes), reference.n_parameters, dtype=torch.float64)
         for total, label in zip(totals, sums.classes, strict=True):
@@ -483,14 +483,17 @@ class Replica:
 
     def _per_example(self, model: nn.Module) -> PerExampleGradients:
         chosen = self.study.gradients
-        return PerExampleGradients(
+        gradients, _ = gradients_of_evidence(
             model.eval(),
             self.loss,
-            self._examples(slice(0, EXAMPLES)),
+            self._examples,
+            self.plan.n_examples,
             parameters=chosen.parameters,
             precision=chosen.precision,
             factored=self.plan.factored,
         )
+        gradients.checked_share = self.plan.checked_share
+        return gradients
 
 
 _KINDS: Mapping[str, Callable[[Replica, Task], None]] = {
@@ -498,13 +501,6 @@ _KINDS: Mapping[str, Callable[[Replica, Task], None]] = {
     "distance": Replica._distance,
     "check": Replica._check,
 }
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had: torch has several."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 class _HeldRows:

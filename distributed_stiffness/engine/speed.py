@@ -22,7 +22,6 @@ from distributed_stiffness.engine.sums import Folding
 from distributed_stiffness.gradients.batches import Nest, take
 from distributed_stiffness.gradients.gram import cosine
 from distributed_stiffness.gradients.per_example import PerExampleGradients
-from distributed_stiffness.gradients.reference import Reference
 from distributed_stiffness.plan import Plan
 from distributed_stiffness.store import chunk_in_memory
 from distributed_stiffness.tiling import pieces
@@ -54,7 +53,7 @@ def measure(
     enough = math.isqrt(int(_WORK[gradients.device.type] / max(1, plan.pair_work)))
     rows = made.empty(min(plan.strip, _ROWS, max(len(made), enough)))
     for part in pieces(slice(0, len(rows)), len(made)):
-        rows[part].copy_(made[: part.stop - part.start])
+        rows.put(part, made[: part.stop - part.start])
     columns = rows[:]  # another object: a block with itself is half the work
     multiplying = _seconds(lambda: cosine(rows, columns, gradients.precision), gradients.device)
     fold = 0.0 if folding is None else _folding(folding, plan.n_examples)
@@ -77,7 +76,7 @@ def measure_checks(
         labels: of all examples, (N,).
         speed: of the same process.
     """
-    reference = Reference(gradients.model, gradients.loss, list(gradients.parameters))
+    reference = gradients.in_float64.plain
 
     def alone(n: int) -> Tensor:
         return reference.unit_gradients(*_first(examples, n))

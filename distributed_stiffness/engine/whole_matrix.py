@@ -38,15 +38,16 @@ def allowed_difference(bound: float) -> float:
 
 
 def classes_to_check(
-    labels: np.ndarray, *, n_parameters: int, n_checkpoints: int, memory: int
+    labels: np.ndarray, *, n_parameters: int, n_checkpoints: int, memory: int, affordable: int
 ) -> np.ndarray:
     """Return the classes that are checked, ascending; one at least.
 
     Their sums fit into half the memory, and their examples, whose gradients are made again in
-    float64, are at most a quarter of those of the whole study, or a few.
+    float64, are at most a quarter of those of the whole study, or a few; and no more than are
+    affordable.
     """
     classes, counts = np.unique(labels, return_counts=True)
-    examples = max(FEW_EXAMPLES, n_checkpoints * len(labels) // SHARE)
+    examples = min(max(FEW_EXAMPLES, n_checkpoints * len(labels) // SHARE), affordable)
     fit = min(memory // (16 * n_parameters), int((counts.cumsum() <= examples).sum()))
     return classes[: max(1, fit)]
 

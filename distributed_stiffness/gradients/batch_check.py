@@ -170,12 +170,10 @@ def require_independence(exact: PerExampleGradients, few: tuple[Nest, Nest]) -> 
         return
     factors = torch.ones(n, dtype=torch.float64, device="cpu")
     factors[1::2] = -1.0
-    norms = torch.cat(
-        [exact.norms_of(*take(few, slice(i, i + 1))).cpu() for i in range(n)]
-    )
+    norms = torch.cat([exact.norms_of(*take(few, slice(i, i + 1))).cpu() for i in range(n)])
     together = plain.unit_sums(*few, norms, factors)
     apart = [
-        plain.unit_sums(*take(few, one), norms[one], factors[one])
+        plain.unit_sums(take(few[0], one), take(few[1], one), norms[one], factors[one])
         for one in (slice(i, i + 1) for i in range(n))
     ]
     for name, total in together.items():
@@ -212,6 +210,7 @@ def said_dependence(name: str, size: float) -> str:
 
 
 def said_wrong(names: Collection[str], sizes: Mapping[str, float]) -> str:
+    """Say that a gradient comes out wrong, whichever way it is made."""
     worst = max(names, key=lambda name: _or_infinite(sizes[name]))
     return (
         f"the gradient of {worst!r} differs from plain autograd's by {sizes[worst]:.1g} of an"
@@ -224,7 +223,8 @@ def said_wrong(names: Collection[str], sizes: Mapping[str, float]) -> str:
 def norm_of(gradients: Mapping[str, Tensor]) -> Tensor:
     """Return the norm of each example's whole gradient, (N,) float64."""
     norms = [torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in gradients.values()]
-    return torch.linalg.vector_norm(torch.stack(norms).double(), dim=0)
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms).double(), dim=0)
+    return total
 
 
 def compare(
@@ -244,10 +244,10 @@ def compare(
         plain: gradients of the network, in the precision of the batch.
     """
     norms = torch.stack([rows.norm.cpu()[drawn.places] for _, rows in made]).amax(0)
-    few = take((inputs, targets), drawn.places)
+    few, theirs = take((inputs, targets), drawn.places)
     expected = {
         name: laid_out(grad.unsqueeze(0))[0]
-        for name, grad in plain.unit_sums(*few, norms, drawn.signs).items()
+        for name, grad in plain.unit_sums(few, theirs, norms, drawn.signs).items()
     }
     weights = drawn.signs / torch.where(norms > 0, norms, 1.0)
     found: dict[str, float] = {}
@@ -272,29 +272,24 @@ def _sums(rows: Rows, recipe: Recipe, weights_K: Tensor, places_K: Tensor) -> di
     sums = dict(zip(recipe.dense, torch.split(total, sizes), strict=True))
     for weight, factors in zip(recipe.factored, rows.factors, strict=True):
         layer = recipe.layers[weight]
-        for name, value in _sum_of_factors(factors.map(lambda t: t[places]), layer, weights):
-            sums[name] = value
+        sums |= _sum_of_factors(factors.map(lambda t: t[places]), layer, weights)
     return sums
 
 
-def _sum_of_factors(
-    factors: Factors, layer: Layer, weights_K: Tensor
-) -> list[tuple[str, Tensor]]:
+def _sum_of_factors(factors: Factors, layer: Layer, weights_K: Tensor) -> dict[str, Tensor]:
     A, D = factors.A_NTd, factors.D_NTp
     if D.dim() == 2:
         n_rows = layer.numbers // A.shape[2]
         weighted = (A * weights_K[:, None, None]).flatten(0, 1)
         total = A.new_zeros(n_rows, A.shape[2]).index_add_(0, D.flatten(), weighted)
-        return [(layer.weight, total.flatten())]
+        return {layer.weight: total.flatten()}
     weighted = (D * weights_K[:, None, None]).flatten(0, 1)
     total = weighted.T @ A.flatten(0, 1)
-    found = [(layer.weight, (total.T if layer.is_transposed else total).flatten())]
+    found = {layer.weight: (total.T if layer.is_transposed else total).flatten()}
     if layer.bias is not None:
-        found.append((layer.bias, weighted.T @ factors.b_NT.flatten()))
+        found[layer.bias] = weighted.T @ factors.b_NT.flatten()
     return found
 
 
 def _or_infinite(value: float) -> float:
     return value if math.isfinite(value) else math.inf
-
-

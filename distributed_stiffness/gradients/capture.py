@@ -127,7 +127,7 @@ class Captured:
     def per_example(self, role: str) -> Tensor:
         """Return the gradient of one parameter for each example."""
         grad = self.use.rule.per_example(role, self.call, self.grad_output)
-        return grad if self.fold == 1 else grad.unflatten(0, (self.n, self.fold)).sum(1)
+        return grad if self.fold == 1 else self._apart(grad).sum(1)
 
     def positions(self) -> Positions:
         """Return the weight's gradient as a sum over positions."""
@@ -135,12 +135,11 @@ class Captured:
         if self.fold == 1:
             return found
         # The rule took each row for an example: its positions are more of the example's.
-        return Positions(
-            *(
-                X.unflatten(0, (self.n, self.fold)).flatten(1, 2)
-                for X in (found.left_NTp, found.right_NTd)
-            )
-        )
+        return Positions(*(self._apart(X).flatten(1, 2) for X in (found.left_NTp, found.right_NTd)))
+
+    def _apart(self, X: Tensor) -> Tensor:
+        """Return what was made for each row by example: (N, rows, ...)."""
+        return X.reshape(self.n, self.fold, *X.shape[1:])
 
 
 @dataclass(eq=False)
@@ -215,7 +214,7 @@ class Capture(TorchFunctionMode):
             if depends or call in self.copying:
                 self._use(func, args, kwargs, output, sources)
             else:
-                self._derive(func, output, sources, call)
+                self._derive(output, sources, call)
         elif depends:
             self._spread(func, args, output)
         if depends and not self._is_moved:
@@ -243,9 +242,7 @@ class Capture(TorchFunctionMode):
         if is_write(func) and args and isinstance(args[0], Tensor):
             self._of_examples[args[0]] = True
 
-    def _derive(
-        self, func: Callable[..., Any], output: Any, sources: list[Source], call: str
-    ) -> None:
+    def _derive(self, output: Any, sources: list[Source], call: str) -> None:
         for place, leaf in enumerate(pytree.tree_leaves(output)):
             if _is_differentiable(leaf) and id(leaf) not in self._sources:
                 source = Source(

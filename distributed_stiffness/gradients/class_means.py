@@ -19,16 +19,15 @@ from distributed_stiffness.gradients.batches import (
     Examples,
     Nest,
     count_examples,
-    prepare,
     stream,
     take,
 )
 from distributed_stiffness.gradients.budget import free_memory
 from distributed_stiffness.gradients.error_bound import FEWEST, bound_of, refuse_bound
-from distributed_stiffness.gradients.evidence import ALL_ZERO, EXAMPLES, draw_evidence
+from distributed_stiffness.gradients.evidence import ALL_ZERO
+from distributed_stiffness.gradients.from_evidence import gradients_of_evidence
 from distributed_stiffness.gradients.loss_head import Loss
-from distributed_stiffness.gradients.network import Network
-from distributed_stiffness.gradients.per_example import PerExampleGradients, device_of
+from distributed_stiffness.gradients.per_example import PerExampleGradients
 from distributed_stiffness.gradients.self_check import check_gradients
 from distributed_stiffness.gradients.surroundings import in_fresh_surroundings
 from distributed_stiffness.tiling import pieces
@@ -91,7 +90,7 @@ def class_cosine_matrix(
             classes = of.take(part[1], count_examples(part[0]))
             units = _unit_vectors(gradients, *part)
             has_gradient = units.any(1)
-            for label in classes.unique().tolist():
+            for label in torch.unique(classes).tolist():
                 is_in = classes == label
                 sums[label] = sums.get(label, 0) + units[is_in].sum(0)
                 counts[label] += int(has_gradient[is_in].sum())
@@ -130,20 +129,18 @@ def _checked(
     parameters: Sequence[str] | str | None,
 ) -> PerExampleGradients:
     """Return float64 gradients whose rows are dense, checked on some examples."""
-    inputs, n = examples[0], count_examples(examples[0])
-    device = device_of(model)
-    few = prepare(take(inputs, slice(EXAMPLES)), torch.float64, device)
-    network = Network(model, torch.float64, few)
-    evidence = draw_evidence(
-        network, loss, lambda some: take(examples, torch.from_numpy(some)), n, device=device
+    n = count_examples(examples[0])
+
+    def read(some: np.ndarray) -> tuple[Nest, Nest]:
+        found: tuple[Nest, Nest] = take(examples, torch.from_numpy(some))
+        return found
+
+    gradients, evidence = gradients_of_evidence(
+        model, loss, read, n, parameters=parameters, precision="float64", factored=()
     )
     if evidence.is_zero:
         warnings.warn(ALL_ZERO.format(n=n), stacklevel=4)
-    chosen = take(examples, torch.from_numpy(evidence.places))
-    gradients = PerExampleGradients(
-        network, loss, chosen, parameters=parameters, precision="float64", factored=()
-    )
-    check_gradients(gradients, *chosen)
+    check_gradients(gradients, *read(evidence.places))
     return gradients
 
 
@@ -179,7 +176,8 @@ class _Labels:
             is_one = isinstance(labels, Tensor | np.ndarray) or (
                 isinstance(labels, Sequence) and all(isinstance(k, Integral) for k in labels)
             )
-            self._parts = iter([labels] if is_one else labels)  # type: ignore[list-item]
+            parts: Iterable[Any] = [labels] if is_one else labels
+            self._parts = iter(parts)
         self._left = torch.empty(0, dtype=torch.int64)
 
     def take(self, targets: Nest, n: int) -> Tensor:

@@ -92,7 +92,9 @@ def sample_examples(
     nearness = cosines.mean(0)
     nearness[drawn] = np.inf
     nearness[nearness == 0] = 2.0  # a zero gradient goes last: nothing to go wrong
-    near_zero = np.argsort(nearness, kind="stable")[: min(size - len(drawn), n_examples - len(drawn))]
+    near_zero = np.argsort(nearness, kind="stable")[
+        : min(size - len(drawn), n_examples - len(drawn))
+    ]
     examples = np.sort(np.concatenate([drawn, near_zero]))
     return Sample(examples, read(examples, examples))
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from distributed_stiffness.gradients.batches import Examples, count_examples, pair, take
 from distributed_stiffness.gradients.budget import fit, free_memory
-from distributed_stiffness.gradients.loss_head import Loss, WholeLoss
 from distributed_stiffness.gradients.evidence import EXAMPLES
+from distributed_stiffness.gradients.loss_head import Loss, WholeLoss
 from distributed_stiffness.gradients.per_example import FACTOR_BYTES, PerExampleGradients
 from distributed_stiffness.gradients.recipe import Recipe
 from distributed_stiffness.gradients.surroundings import in_fresh_surroundings

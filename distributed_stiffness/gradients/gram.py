@@ -217,9 +217,7 @@ class Rows:
             ]
             theirs = replace(other, factors=tuple(padded))
         for target, source in zip(self.tensors(), theirs.tensors(), strict=True):
-            if isinstance(places, Tensor):
-                target[places] = source
-            elif target[places].data_ptr() != source.data_ptr():
+            if isinstance(places, Tensor) or target[places].data_ptr() != source.data_ptr():
                 target[places] = source
 
 

@@ -296,7 +296,9 @@ def _any_loss(z: Mapping[int, Tensor], losses: Tensor, targets: Nest) -> LossHea
     )
 
 
-def _require_own_losses(losses: Tensor, z: Mapping[int, Tensor], delta: Mapping[int, Tensor]) -> None:
+def _require_own_losses(
+    losses: Tensor, z: Mapping[int, Tensor], delta: Mapping[int, Tensor]
+) -> None:
     """Check that a loss depends on the outputs of its own example alone.
 
     Each loss is multiplied by a number of its own: so must be what its example sends back.

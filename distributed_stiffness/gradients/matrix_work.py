@@ -16,7 +16,6 @@ from distributed_stiffness.gradients.batches import (
     Nest,
     count_examples,
     pair,
-    prepare,
     take,
 )
 from distributed_stiffness.gradients.budget import fit, free_memory
@@ -27,11 +26,11 @@ from distributed_stiffness.gradients.error_bound import (
     sample_columns,
     sample_examples,
 )
-from distributed_stiffness.gradients.evidence import ALL_ZERO, EXAMPLES, draw_evidence
+from distributed_stiffness.gradients.evidence import ALL_ZERO
+from distributed_stiffness.gradients.from_evidence import gradients_of_evidence
 from distributed_stiffness.gradients.gram import Rows, cosine
 from distributed_stiffness.gradients.loss_head import Loss, warn_of_own_precision
-from distributed_stiffness.gradients.network import Network
-from distributed_stiffness.gradients.per_example import PerExampleGradients, device_of
+from distributed_stiffness.gradients.per_example import PerExampleGradients
 from distributed_stiffness.gradients.precision import precision_mode
 from distributed_stiffness.gradients.reference import Products
 from distributed_stiffness.gradients.self_check import check_gradients
@@ -70,25 +69,22 @@ class MatrixWork:
         Raises:
             StiffnessError: as `cosine_matrix`.
         """
-        device = device_of(model)
-        mode = precision_mode(precision, device)
-        warn_of_own_precision(loss, mode, stacklevel=_USER)
+        warn_of_own_precision(loss, precision_mode(precision), stacklevel=_USER)
         rows = pair(examples)
         columns = None if others is None else pair(others)
         n = count_examples(rows[0])
-        few = prepare(take(rows[0], slice(EXAMPLES)), mode.network, device)
-        network = Network(model, mode.network, few)
-        evidence = draw_evidence(
-            network, loss, lambda some: take(rows, torch.from_numpy(some)), n, device=device
+
+        def read(some: np.ndarray) -> tuple[Nest, Nest]:
+            found: tuple[Nest, Nest] = take(rows, torch.from_numpy(some))
+            return found
+
+        gradients, evidence = gradients_of_evidence(
+            model, loss, read, n, parameters=parameters, precision=precision
         )
         if evidence.is_zero:
             warnings.warn(ALL_ZERO.format(n=n), stacklevel=_USER)
-        chosen = take(rows, torch.from_numpy(evidence.places))
-        gradients = PerExampleGradients(
-            network, loss, chosen, parameters=parameters, precision=precision
-        )
         if check:
-            check_gradients(gradients, *chosen)
+            check_gradients(gradients, *read(evidence.places))
         gradients, plan = fit(gradients, n_examples=n, memory=memory or free_memory())
         return MatrixWork(gradients, rows, columns, plan)
 
@@ -225,9 +221,7 @@ class MatrixWork:
         if columns is not None and self.others is not None:
             others = take(self.others, torch.from_numpy(columns))
         plain = self.gradients.in_float64.plain
-        return plain.products(
-            self._examples(rows), others, memory=self.plan.memory, groups=groups
-        )
+        return plain.products(self._examples(rows), others, memory=self.plan.memory, groups=groups)
 
     def _examples(self, chosen: np.ndarray) -> tuple[Nest, Nest]:
         found: tuple[Nest, Nest] = take(self.examples, torch.from_numpy(chosen))

@@ -25,9 +25,7 @@ _MOVING = frozenset(
 )  # fmt: skip
 
 
-def may_move(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> bool:
+def may_move(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call on what depends on the examples may move rows by their values.
 
     Args:
@@ -50,5 +48,3 @@ def _picks(index: Any) -> bool:
     parts = index if isinstance(index, tuple) else (index,)
     picks = any(isinstance(part, Tensor | list) for part in parts)
     return picks or (bool(parts) and isinstance(parts[0], int) and not isinstance(parts[0], bool))
-
-

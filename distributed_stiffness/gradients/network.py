@@ -95,9 +95,7 @@ class Network:
 
     def _tried(self, few: Nest, *, gradients: bool) -> list[Tensor | None] | None:
         """Return the outputs, and maybe some gradients; None where the network does not run."""
-        inputs = map_tensors(
-            lambda t: t.detach().clone().to(cast_dtype(t, self.dtype)), few
-        )
+        inputs = map_tensors(lambda t: t.detach().clone().to(cast_dtype(t, self.dtype)), few)
         args, kwargs = arguments(inputs)
         try:
             with torch.set_grad_enabled(gradients), self.running() as module:
@@ -105,7 +103,7 @@ class Network:
                 outputs: list[Tensor | None] = [t.detach().clone() for t in found]
                 if gradients:
                     parameters = [p for p in module.parameters() if p.requires_grad]
-                    total = sum(t.sin().sum() for t in found if t.requires_grad)
+                    total = torch.stack([t.sin().sum() for t in found if t.requires_grad]).sum()
                     outputs += torch.autograd.grad(total, parameters, allow_unused=True)
         except Exception:  # whatever a network's own code raises
             return None
@@ -177,9 +175,8 @@ class _WithoutHistory(TorchFunctionMode):
 
 def _convert(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast parameters and buffers: floating-point ones to `dtype`, complex ones to its like."""
-
     if any(cast_dtype(t, dtype) != t.dtype for t in (*module.parameters(), *module.buffers())):
-        module._apply(lambda t: t.to(cast_dtype(t, dtype)))
+        module._apply(lambda t: t.to(cast_dtype(t, dtype)))  # type: ignore[no-untyped-call]
 
 
 def cast_dtype(t: Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -155,8 +155,10 @@ class Passes:
     def read_recipe(self, inputs: Nest, targets: Nest) -> Recipe:
         """Read the recipe from a few examples."""
         # One example again and again: what differs between the two passes is their number.
-        alike = [take((inputs, targets), torch.zeros(n, dtype=torch.int64)) for n in (2, 3)]
-        two, three = (self.run(*some, copying=()).capture for some in alike)
+        two, three = (
+            self.run(take(inputs, again), take(targets, again), ()).capture
+            for again in (torch.zeros(n, dtype=torch.int64, device="cpu") for n in (2, 3))
+        )
         self._copying = _copying(two, three)
         parts, uses, why = self._taken_apart(self.run(inputs, targets), ())
         loops = {name for name in why if name in self._one_by_one_names}
@@ -189,7 +191,8 @@ class Passes:
                 warnings.warn(
                     f"no structured rule and no torch.func for {', '.join(batched)} (in"
                     f" {', '.join(modules)}): their gradients are computed one example at a time,"
-                    f" which takes as long as training on single examples. torch.func said: {error}",
+                    " which takes as long as training on single examples. torch.func said:"
+                    f" {error}",
                     stacklevel=2,
                 )
         alone = tuple(name for name in names if name in self._one_by_one_names)

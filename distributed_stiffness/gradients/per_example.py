@@ -57,7 +57,7 @@ FACTOR_BYTES = 4  # of a number in a factor, which is float32 in every precision
 _SMALLER = {"cpu": 8, "cuda": 2}
 
 
-class RecipeChanged(Exception):  # noqa: N818  # no error: rows are made again
+class RecipeChanged(Exception):  # no error: rows are made again
     """A batch has shown that rows need another form: those made before do not fit it."""
 
 
@@ -102,8 +102,9 @@ class PerExampleGradients:
         self._sample: tuple[Nest, Nest] = take(sample, slice(EXAMPLES))
         few = map_tensors(lambda t: t.to(device), self._sample[0])
         dtype = self.precision.network
-        is_copy = isinstance(model, Network)
-        self.network = model.in_dtype(dtype) if is_copy else Network(model, dtype, few)
+        self.network = (
+            model.in_dtype(dtype) if isinstance(model, Network) else Network(model, dtype, few)
+        )
         refuse_dependence(self.network.module)
         self.loss = double_loss(loss)
         self.checked_share, self.tolerance = CHECKED_SHARE, TOLERANCE[self.precision.rows]
@@ -389,7 +390,7 @@ class PerExampleGradients:
 
     def give_up_rules(self, names: Collection[str], differences: Mapping[str, float]) -> None:
         """Make some gradients another way from now on: rules make them wrong."""
-        self.hard |= names
+        self.hard.update(names)
         worst = max(names, key=lambda name: differences[name])
         modules = sorted({name.rpartition(".")[0] or "the network" for name in names})
         warnings.warn(

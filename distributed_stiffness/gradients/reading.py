@@ -106,7 +106,7 @@ class Reader:
             done.backward(asked, times_N=times, again=k + 1 < len(numbers))
             for k, times in enumerate(numbers)
         ]
-        layouts = list(known.layouts) if known else [None] * len(uses)
+        layouts: list[Layout | None] = list(known.layouts) if known else [None] * len(uses)
         why = dict(known.why) if known else self._without_a_rule(done)
         follows_from_shapes = True
         for place, i in enumerate(asked):

@@ -295,9 +295,7 @@ def _layers(
     return layers
 
 
-def joined_bias(
-    name: str, by_source: Mapping[str, Sequence[tuple[str, Captured]]]
-) -> str | None:
+def joined_bias(name: str, by_source: Mapping[str, Sequence[tuple[str, Captured]]]) -> str | None:
     """Return the bias that all uses of a weight, and no others, take."""
     found = by_source[name]
     names = {one.use.names.get("bias") for _, one in found}

@@ -60,8 +60,9 @@ class Reference:
         *,
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        is_copy = isinstance(model, Network)
-        self.network = model.in_dtype(dtype) if is_copy else Network(model, dtype)
+        self.network = (
+            model.in_dtype(dtype) if isinstance(model, Network) else Network(model, dtype)
+        )
         double = double_loss(loss)
         self.loss = _cross_entropy if isinstance(double, str) else double
         # Cross-entropy rises with its log-odds, so that both have gradients of one direction; that
@@ -136,9 +137,9 @@ class Reference:
         rows = torch.empty(shape, dtype=torch.float64, device=first.device)
         norms = rows.new_ones(len(rows))
         for i, row in enumerate(rows):
-            one = take((inputs, targets), slice(i, i + 1))
+            one, target = take((inputs, targets), slice(i, i + 1))
             slopes: list[Tensor] = []
-            grads = self._differentiate(self.same_direction, *one, seen=slopes.append)
+            grads = self._differentiate(self.same_direction, one, target, seen=slopes.append)
             torch.cat([_flat(g) for g in grads.values()], out=row)
             for order in (torch.inf, 2):  # the squares of a gradient underflow long before it does
                 size = torch.linalg.vector_norm(row, order)
@@ -238,9 +239,8 @@ class Reference:
         if groups is None:
             return [slice(None)]
         sizes = [_flat(p).numel() for p in self.parameters.values()]
-        places = dict(
-            zip(self.parameters, torch.arange(sum(sizes)).split(sizes), strict=True)
-        )
+        parts = torch.split(torch.arange(sum(sizes), device="cpu"), sizes)
+        places = dict(zip(self.parameters, parts, strict=True))
         return [torch.cat([places[name] for name in group]) for group in groups]
 
 

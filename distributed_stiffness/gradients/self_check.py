@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distributed_stiffness.errors import GradientError, StiffnessError
 from distributed_stiffness.gradients.batch_check import require_independence, said_wrong
 from distributed_stiffness.gradients.batches import Nest, count_examples, take, tensors
+from distributed_stiffness.gradients.evidence import EXAMPLES
 from distributed_stiffness.gradients.gram import cosine
 from distributed_stiffness.gradients.loss_head import Loss
-from distributed_stiffness.gradients.per_example import EXAMPLES, PerExampleGradients
+from distributed_stiffness.gradients.per_example import PerExampleGradients
 
 # Both sides run in float64, where two right ways differ by about 1e-13 of an example's gradient;
 # a wrong rule differs by about 1.

@@ -139,9 +139,9 @@ def _one(
     row = torch.cat([g.flatten() for g in reference.gradient(inputs, targets, i).values()])
     largest = float(row.abs().max())
     norm = largest * float((row / largest).norm()) if largest > 0 else 0.0
-    with torch.no_grad():
+    with torch.no_grad(), reference.network.running() as module:
         one = prepare(take(inputs, slice(i, i + 1)), torch.float64, torch.device("cpu"))
-        outputs = call(reference.model, one)
+        outputs = call(module, one)
         loss = reference.loss(outputs, targets[i : i + 1])  # type: ignore[operator]
         outputs = logits_of(outputs)
     label = torch.arange(outputs.shape[1]) == targets[i]

@@ -6,20 +6,14 @@ modes, its gradients and its hooks; the random state is put back.
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import random
-from collections.abc import Iterator
-
-import numpy as np
-import torch
 from torch import nn
 
 from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.engine.replica import Replica
 from distributed_stiffness.engine.whole_matrix import ClassMeans
-from distributed_stiffness.errors import ModelError
 from distributed_stiffness.gradients.loss_head import Loss
+from distributed_stiffness.gradients.network import private_copy
+from distributed_stiffness.gradients.per_example import device_of
 from distributed_stiffness.plan import Plan
 from distributed_stiffness.study import Study
 from distributed_stiffness.tiling import Checkpoint, Task, tasks
@@ -80,39 +74,9 @@ def evaluation_copy(network: nn.Module) -> nn.Module:
     """Return a copy in evaluation mode, of what torch.compile or data parallelism wrap.
 
     Raises:
-        ModelError: the network cannot be copied.
+        ModelError: the network cannot be copied, or has no parameters.
     """
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while isinstance(network, wrappers) or hasattr(network, "_orig_mod"):
-        inside = network.module if isinstance(network, wrappers) else network._orig_mod
-        assert isinstance(inside, nn.Module)
-        network = inside
-    try:
-        copied = copy.deepcopy(network)
-    except Exception as error:  # the user's own code: any type of error
-        raise ModelError(
-            f"the network, a {type(network).__name__}, cannot be copied by copy.deepcopy"
-            f" ({type(error).__name__}: {error}), which keeps its training undisturbed: keep"
-            " tensors that are results of others out of its attributes"
-        ) from error
-    if next(copied.parameters()).device.type not in ("cpu", "cuda"):
+    copied = private_copy(network, shared=False)
+    if device_of(copied).type not in ("cpu", "cuda"):
         copied = copied.cpu()
     return copied.eval()
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Put back every random state; gradients are on and autocasting off, whatever is outside."""
-    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002  # whoever uses it
-    try:
-        with (
-            torch.random.fork_rng(),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-        ):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)  # noqa: NPY002

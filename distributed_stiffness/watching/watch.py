@@ -30,9 +30,12 @@ from distributed_stiffness.engine.speed import measure
 from distributed_stiffness.errors import StiffnessError, StoreError, StudyError
 from distributed_stiffness.gradients.batches import Examples, Nest, from_numpy, map_tensors
 from distributed_stiffness.gradients.budget import fit, free_memory
+from distributed_stiffness.gradients.error_bound import allowed_error
+from distributed_stiffness.gradients.evidence import ALL_ZERO, EXAMPLES
+from distributed_stiffness.gradients.from_evidence import gradients_of_evidence
 from distributed_stiffness.gradients.loss_head import Loss, WholeLoss
-from distributed_stiffness.gradients.per_example import EXAMPLES, PerExampleGradients
-from distributed_stiffness.gradients.self_check import self_check
+from distributed_stiffness.gradients.self_check import check_gradients
+from distributed_stiffness.gradients.surroundings import undisturbed
 from distributed_stiffness.models import check_outputs
 from distributed_stiffness.paths import Location
 from distributed_stiffness.plan import Plan, in_words
@@ -56,7 +59,7 @@ from distributed_stiffness.study import (
 )
 from distributed_stiffness.tiling import Checkpoint
 from distributed_stiffness.watching.clock import Clock
-from distributed_stiffness.watching.live import LiveReplica, evaluation_copy, undisturbed
+from distributed_stiffness.watching.live import LiveReplica, evaluation_copy
 from distributed_stiffness.watching.sample import described, load_sample
 
 BUDGET = 0.05
@@ -73,13 +76,16 @@ class Measurement:
     seconds: float  # that it took
     share: float  # of the training's time so far that all measurements took, in [0, 1]
     left_out: int  # due since the one before, and left out to keep the budget
+    error_bound: float  # of a cosine
+    is_certain: bool  # the bound is not above what is allowed
 
     def __str__(self) -> str:
+        doubt = "" if self.is_certain else f"; NOT CERTAIN: error bound {self.error_bound:.2g}"
         left_out = f" ({self.left_out} left out to keep the budget)" if self.left_out else ""
         return (
             f"stiffness at step {self.iteration:,}: sign {self.within:+.3f} within,"
             f" {self.between:+.3f} between classes, loss {self.loss:.4g}; took"
-            f" {self.seconds:.2g} s, {self.share:.1%} of the time so far{left_out}"
+            f" {self.seconds:.2g} s, {self.share:.1%} of the time so far{left_out}{doubt}"
         )
 
     def metrics(self) -> dict[str, float]:
@@ -89,6 +95,7 @@ class Measurement:
             "stiffness/between": self.between,
             "stiffness/sample_loss": self.loss,
             "stiffness/share_of_time": self.share,
+            "stiffness/error_bound": self.error_bound,
         }
 
 
@@ -152,8 +159,10 @@ def watch(
         StiffnessError: the network, the loss or the sample do not fit, before any step; or the
             store is another training's.
     """
+    if isinstance(every, np.integer):
+        every = int(every)
     if not isinstance(every, int):
-        every = frozenset(int(step) for step in every)
+        every = frozenset(map(_whole_number, every))
     elif every < 1:
         raise StudyError(f"every is {every}: expected 1 step or more, or a collection of steps")
     if budget is not None and not 0 < budget < 1:
@@ -254,6 +263,13 @@ class Watch:
         Raises:
             StiffnessError: the first measurement failed.
         """
+        try:
+            iteration = _whole_number(iteration)
+        except StudyError as error:
+            if not self._measured:
+                raise
+            warnings.warn(f"no stiffness is measured: {error}", stacklevel=2)
+            return None
         if not self._is_due(iteration):
             return None
         if not self._clock.allows():
@@ -263,16 +279,24 @@ class Watch:
         try:
             with undisturbed():
                 is_new = self._measure(iteration)
-        except StiffnessError as error:
-            if not self._measured:
+        except Exception as error:  # whatever it is, the training goes on
+            if not self._measured and isinstance(error, StiffnessError):
                 raise
-            warnings.warn(f"no stiffness at step {iteration:,}: {error}", stacklevel=2)
+            what = str(error) if isinstance(error, StiffnessError) else repr(error)
+            warnings.warn(f"no stiffness at step {iteration:,}: {what}", stacklevel=2)
             return None
         finally:
             self._clock.add(self._clock.now() - began)
         if not is_new:
             return None
         found = self._summary(iteration, seconds=self._clock.now() - began)
+        if not found.is_certain:
+            warnings.warn(
+                f"the stiffness at step {iteration:,} is not certain: the error bound of a cosine"
+                f" is {found.error_bound:.2g}, above the {self._allowed:g} that is allowed. It is"
+                " marked in the store; try precision='float64', or a loss of (outputs, labels)",
+                stacklevel=2,
+            )
         self._measured, self._left_out = self._measured + 1, 0
         self._progress.say(str(found))
         return found
@@ -288,28 +312,39 @@ class Watch:
         """Check the network on a few examples, and fit the gradients into the memory."""
         study, data = self._study, self._data
         device = next(network.parameters()).device
-        if data.n_examples < 3:
-            raise StudyError(f"{data.n_examples} examples are too few for pairs: expected 3")
-        few = map_tensors(lambda t: t.to(device), _examples(data, slice(0, EXAMPLES)))
+        if data.n_examples < 2:
+            raise StudyError(f"{data.n_examples} example has no pairs: expected 2 or more")
+
+        def read(some: slice | np.ndarray) -> tuple[Nest, torch.Tensor]:
+            found: tuple[Nest, torch.Tensor] = map_tensors(
+                lambda t: t.to(device), _examples(data, some)
+            )
+            return found
+
         check_outputs(
             network,
-            few[0],
+            read(slice(0, EXAMPLES))[0],
             data.labelled.n_classes,
             study.model.name,
             loss="own" if callable(self._loss) else "cross_entropy",
             exactly=False,
         )
-        parameters, precision = study.gradients.parameters, study.gradients.precision
-        self_check(network, self._loss, *few, parameters=parameters)
-        gradients = PerExampleGradients(
-            network, self._loss, few, parameters=parameters, precision=precision
+        gradients, evidence = gradients_of_evidence(
+            network,
+            self._loss,
+            read,
+            data.n_examples,
+            parameters=study.gradients.parameters,
+            precision=study.gradients.precision,
         )
+        check_gradients(gradients, *read(evidence.places))
+        if evidence.is_zero:
+            self._progress.say(f"note: {ALL_ZERO.format(n=data.n_examples)}")
         memory = self._run.memory or min(MEMORY, free_memory())
         _, plan = fit(gradients, n_examples=data.n_examples, memory=memory)
         plan = stored_plan(self._run.store_url, plan)
-        batch = map_tensors(
-            lambda t: t.to(device), _examples(data, slice(0, min(plan.batch, data.n_examples)))
-        )
+        plan = replace(plan, allow_error=True)  # a bound above what is allowed is a warning here
+        batch = read(slice(0, min(plan.batch, data.n_examples)))
         speed = measure(gradients.with_factored(plan.factored), batch, plan)
         seconds = predict(plan, replicas=1, speed=speed).seconds or 0.0
         self._progress.say(
@@ -364,6 +399,9 @@ class Watch:
             run = dataclasses.asdict(self._training_run)
             where = {**run, "iteration": iteration}
             attrs[WHOLE_MATRIX_CHECK] = where | dataclasses.asdict(means)
+        bound = float(store.of_checkpoints("error_bound")[0, 0, len(kept)])
+        if not bound <= self._allowed:
+            attrs["allow_error"] = True
         store.set_attrs(**attrs)
         self._publish(store, study)
         self._done = (*kept, iteration)
@@ -409,6 +447,7 @@ class Watch:
         cosines = self._store.read("cosine", at, everything, everything)
         (loss,) = self._store.numbers(at, "loss")
         within, between = sign_stiffness(cosines, self._data.examples.labels)
+        bound = float(self._store.of_checkpoints("error_bound")[dataclasses.astuple(at)])
         return Measurement(
             iteration=iteration,
             within=within,
@@ -417,7 +456,13 @@ class Watch:
             seconds=seconds,
             share=self._clock.share,
             left_out=self._left_out,
+            error_bound=bound,
+            is_certain=bound <= self._allowed,
         )
+
+    @property
+    def _allowed(self) -> float:
+        return allowed_error(self._study.gradients.precision)
 
     def _of(self, iterations: tuple[int, ...]) -> Study:
         training = self._study.training.model_copy(update={"iterations": iterations})
@@ -457,8 +502,23 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
-def _examples(data: StudyData, chosen: slice) -> tuple[Nest, torch.Tensor]:
+def _examples(data: StudyData, chosen: slice | np.ndarray) -> tuple[Nest, torch.Tensor]:
     return from_numpy(data.inputs(chosen)), torch.from_numpy(data.examples.labels[chosen].copy())
+
+
+def _whole_number(step: Any) -> int:
+    """Return a step of whatever kind: NumPy's, a tensor's.
+
+    Raises:
+        StudyError: it is no whole number of 0 or more.
+    """
+    try:
+        number = step.item() if hasattr(step, "item") else step
+        if int(number) == number and number >= 0:
+            return int(number)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass
+    raise StudyError(f"the step is {step!r}: expected a whole number of steps done, 0 or more")
 
 
 def _name_of_loss(loss: Loss) -> str:
