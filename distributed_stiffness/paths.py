@@ -64,6 +64,13 @@ def local(given: Location, what: str, error: type[StiffnessError] = StudyError) 
     return Path(path)
 
 
+def as_written(given: Location, where: str) -> str:
+    """Return `where`, what `located` made of `given`; relative, where that is how it was given."""
+    path = Path(os.fsdecode(given))
+    is_relative = not path.is_absolute() and str(path.absolute()) == where
+    return str(path) if is_relative else where
+
+
 def is_url(place: str) -> bool:
     """Whether a place, as `located` returns it, is a URL."""
     return "://" in place

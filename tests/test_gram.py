@@ -33,8 +33,11 @@ from distributed_stiffness.errors import (
     StudyError,
 )
 from distributed_stiffness.importing import gather
-from distributed_stiffness.importing.places import Place, describe, find, from_table, grid, placed
-from distributed_stiffness.importing.weights import fitted, read, stamp
+from distributed_stiffness.importing.places import Place, describe, grid, placed
+from distributed_stiffness.importing.content import read, stamp
+from distributed_stiffness.importing.files import find
+from distributed_stiffness.importing.table import from_table
+from distributed_stiffness.importing.weights import fitted
 from distributed_stiffness.models import build
 from distributed_stiffness.report import present
 from distributed_stiffness.verify import verify_store
@@ -286,7 +289,7 @@ class TestGoingOn:
         from distributed_stiffness.importing import imports
 
         opened = []
-        monkeypatch.setattr(imports, "read", lambda path: opened.append(path) or read(path))
+        monkeypatch.setattr(imports, "read", lambda path, key: opened.append(path) or read(path))
         measured(NETS, DATA, "runs/*/*")
         assert not opened
         os.utime("runs/lr0.1/step-10.safetensors", (time.time(), time.time() + 5))
@@ -385,7 +388,7 @@ class TestFormats:
         """
         path = save(name, wrap(weights))
 
-        found, how = fitted(read(path), mine.build().state_dict(), path)
+        found, how = fitted(read(path), mine.build(), path)
 
         assert said in how
         assert found.keys() == weights.keys()
@@ -410,7 +413,7 @@ class TestFormats:
             index = json.dumps({"weight_map": where})
             Path(f"checkpoint-30/{stem}.{suffix}.index.json").write_text(index)
 
-        assert read("checkpoint-30").tensors.keys() == weights.keys()
+        assert read("checkpoint-30").weights.keys() == weights.keys()
         assert placed(["checkpoint-30"]) == {Place(iteration=30): "checkpoint-30"}
 
     def test_tied_weights_that_were_saved_once(self):
@@ -426,7 +429,7 @@ class TestFormats:
         whole = build().state_dict()
         path = save("w.pt", {k: v for k, v in whole.items() if k != "1.weight"})
 
-        found, how = fitted(read(path), build().state_dict(), path)
+        found, how = fitted(read(path), build(), path)
 
         assert torch.equal(found["1.weight"], whole["0.weight"])
         assert "tied: 1.weight" in how
@@ -454,7 +457,7 @@ class TestFormats:
         [
             ("w.safetensors", b"not one", r"cannot read the checkpoint .*w\.safetensors"),
             ("w.pt", b"", r"cannot read the checkpoint .*w\.pt"),
-            ("w.pkl", b"", "of a kind that is not known: expected .safetensors"),
+            ("w.pkl", b"", "it is empty"),
             ("w.pt", 3, "holds a int: expected a state dict"),
             ("w.pt", {"epoch": 3, "loss": 0.1}, "holds no state dict, only epoch, loss"),
         ],
@@ -491,7 +494,7 @@ class TestFormats:
         with pytest.raises(
             CheckpointError, match=r"lacks 1 of 4.*2\.bias \(3,\); it has 1.*3\.bias \(7,\)"
         ):
-            fitted(read(path), mine.build().state_dict(), path)
+            fitted(read(path), mine.build(), path)
 
     def test_shapes_that_do_not_fit(self, weights):
         """
@@ -500,7 +503,7 @@ class TestFormats:
         path = save("w.pt", weights)
 
         with pytest.raises(CheckpointError, match=r"0\.weight is \(8, 6\), in the network \(4, 6"):
-            fitted(read(path), mine.build(width=4).state_dict(), path)
+            fitted(read(path), mine.build(width=4), path)
 
     def test_two_networks_in_one_file(self, weights):
         """
@@ -509,7 +512,7 @@ class TestFormats:
         teacher = mine.weights(6)
         both = {f"student.{k}": v for k, v in weights.items()}
         both |= {f"teacher.{k}": v for k, v in teacher.items()}
-        path, expected = save("w.pt", both), mine.build().state_dict()
+        path, expected = save("w.pt", both), mine.build()
 
         with pytest.raises(CheckpointError, match=r"'student.' and 'teacher.'.*--prefix"):
             fitted(read(path), expected, path)
@@ -721,7 +724,7 @@ class TestModels:
         ("name", "said"),
         [
             ("torchvision:resnet19", r"no model 'resnet19' \(but .*resnet18"),
-            ("hf:nowhere", r"there is no nowhere/config\.json"),
+            ("hf:nowhere", r"there is no .*/nowhere/config\.json"),
             ("mine:nothing", "has no attribute 'nothing'"),
             ("resnet19", "unknown model.*torchvision:NAME"),
         ],
@@ -880,11 +883,11 @@ class TestData:
     @pytest.mark.parametrize(
         ("name", "options", "said"),
         [
-            ("npz:none.npz", {}, "cannot read none.npz"),
+            ("npz:none.npz", {}, r"cannot read .*/none\.npz"),
             ("npz:d.npz", {}, "no array 'x' or 'inputs', only a, b"),
             ("npz:d.npz", {"inputs": "c"}, "no array 'c'"),
             ("npz:d.npz", {"size": 3}, "takes inputs, labels"),
-            ("images:none", {}, "there is no folder none"),
+            ("images:none", {}, "there is no folder .*/none"),
             ("images:empty", {}, "holds no images by class"),
             ("digits", {"size": 3}, "takes no options"),
         ],

@@ -16,6 +16,7 @@ from distributed_stiffness.data.labels import subset
 from distributed_stiffness.data.published import Published
 from distributed_stiffness.errors import DataError
 from distributed_stiffness.factories import import_factory
+from distributed_stiffness.paths import Location, local
 from distributed_stiffness.progress import Progress
 
 DIRECTORY_VARIABLE = "STIFFNESS_DATA_DIR"
@@ -33,7 +34,7 @@ NAMES = ("digits", *PUBLISHED)
 def load(
     name: str,
     *,
-    directory: str | Path | None = None,
+    directory: Location | None = None,
     download: bool = True,
     accept_unverified: bool = False,
     options: Mapping[str, Any] | None = None,
@@ -77,10 +78,14 @@ def load(
     )
 
 
-def data_directory(directory: str | Path | None = None) -> Path:
-    """Return the folder of the data sets: the one given, $STIFFNESS_DATA_DIR, or the default."""
+def data_directory(directory: Location | None = None) -> Path:
+    """Return the folder of the data sets: the one given, $STIFFNESS_DATA_DIR, or the default.
+
+    Raises:
+        DataError: it is a URL, or no path.
+    """
     chosen = directory or os.environ.get(DIRECTORY_VARIABLE) or DEFAULT_DIRECTORY
-    return Path(chosen).expanduser().absolute()
+    return local(chosen, "the data directory", DataError)
 
 
 def _digits() -> LabelledData:
@@ -108,7 +113,7 @@ def _foreign(name: str, options: dict[str, Any]) -> LabelledData:
     kind, _, where = name.partition(":")
     if kind in foreign.READERS:
         read, what = foreign.READERS[kind], f"{kind}:"
-        arguments: tuple[Any, ...] = (Path(where).expanduser(),)
+        arguments: tuple[Any, ...] = (local(where, f"the place of {kind}:", DataError),)
     else:
         read, what, arguments = import_factory(name, "data set", DataError), name, ()
     try:

@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from distributed_stiffness.data.examples import LabelledData, Split, structured
+from distributed_stiffness.data.arrays import as_array, as_inputs
+from distributed_stiffness.data.examples import LabelledData, Split
+from distributed_stiffness.data.names import in_label_order
 from distributed_stiffness.errors import DataError
 
 _EXPECTED = (
-    "expected (inputs, labels), a data set of such pairs with a length, or a mapping with"
-    " 'validation' (and maybe 'train') as either, and maybe 'class_names', 'superclass_of_class'"
-    " and 'superclass_names'"
+    "expected (inputs, labels) or (inputs, labels, class names), a data set of pairs with a length,"
+    " or a mapping with 'validation' (and maybe 'train') as either, and maybe 'class_names',"
+    " 'superclass_of_class' and 'superclass_names'"
 )
 _INPUTS, _LABELS = ("x", "inputs"), ("y", "labels", "targets")
 _COLUMNS = ("input_ids", "pixel_values", "x", "inputs", "image", "img")
@@ -30,9 +32,10 @@ def labelled(made: Any, name: str) -> LabelledData:
 
     Args:
         made: a LabelledData; a pair (inputs, labels), N first, of arrays or torch tensors, where
-            the inputs may be a mapping of several by name; a data set of pairs with a length, such
-            as a map-style torch Dataset; or a mapping with "validation" and maybe "train" as
-            either of these, and maybe "class_names", "superclass_of_class", "superclass_names".
+            the inputs may be a mapping of several by name; such a pair and the names of the
+            classes; a data set of pairs with a length, such as a map-style torch Dataset; or a
+            mapping with "validation" and maybe "train" as either of these, and maybe "class_names"
+            (`names.in_label_order`), "superclass_of_class", "superclass_names".
         name: for messages and the store.
 
     Raises:
@@ -40,7 +43,7 @@ def labelled(made: Any, name: str) -> LabelledData:
     """
     if isinstance(made, LabelledData):
         return replace(made, name=name, verified=False)
-    parts = made if isinstance(made, Mapping) else {"validation": made}
+    parts = made if isinstance(made, Mapping) else _named(made, name)
     if "validation" not in parts:
         raise DataError(
             f"{name} returned no 'validation' but {sorted(map(str, parts))}: {_EXPECTED}"
@@ -49,18 +52,73 @@ def labelled(made: Any, name: str) -> LabelledData:
     train = None if parts.get("train") is None else _split(parts["train"], f"{name}, train split")
     names = parts.get("class_names")
     if names is None:
-        names = getattr(parts["validation"], "classes", None) or _numbered(validation, train)
+        names = _classes_of(parts["validation"]) or _numbered(validation, train)
     above, above_names = parts.get("superclass_of_class"), parts.get("superclass_names")
     return LabelledData(
         name=name,
         train=train,
         validation=validation,
-        class_names=tuple(map(str, names)),
-        superclass_of_class=None if above is None else tuple(int(k) for k in above),
-        superclass_names=None if above_names is None else tuple(above_names),
+        class_names=in_label_order(names, f"class_names of {name}"),
+        superclass_of_class=None if above is None else _superclasses(above, name),
+        superclass_names=None
+        if above_names is None
+        else in_label_order(above_names, f"superclass_names of {name}"),
         verified=False,
         source=parts.get("source", f"Made by {name}."),
     )
+
+
+def _named(made: Any, name: str) -> dict[str, Any]:
+    """Return what is no mapping as one; of three values the last may be the names of classes.
+
+    Raises:
+        DataError: they may be those of the examples.
+    """
+    is_three = isinstance(made, tuple | list) and len(made) == 3
+    if not is_three or not _are_names(made[2]):
+        return {"validation": made}
+    inputs, labels, names = made
+    if not isinstance(names, Mapping) and len(names) == len(labels):
+        raise DataError(
+            f"{name} returned {len(names)} names for {len(labels)} labels, which may be those of"
+            " the examples or of the classes: return {'validation': (inputs, labels),"
+            " 'class_names': names} if they are of the classes, else (inputs, labels)"
+        )
+    return {"validation": (inputs, labels), "class_names": names}
+
+
+def _are_names(given: Any) -> bool:
+    if isinstance(given, Mapping):
+        return True
+    is_listed = isinstance(given, list | tuple) or getattr(given, "ndim", 0) == 1
+    return is_listed and len(given) > 0 and all(isinstance(name, str) for name in given)
+
+
+def _classes_of(made: Any) -> Any:
+    """Return the names that a Dataset has, or the one that it is a part of; None: it has none."""
+    while not hasattr(made, "classes") and hasattr(made, "dataset"):  # torch.utils.data.Subset
+        made = made.dataset
+    names = getattr(made, "classes", None)
+    return names if isinstance(names, list | tuple | Mapping) and len(names) else None
+
+
+def _superclasses(given: Any, name: str) -> tuple[int, ...]:
+    """Return the number of each class's super-class."""
+    try:
+        numbers = given.values() if isinstance(given, Mapping) else given
+        array = as_array(list(numbers), f"superclass_of_class of {name}")
+    except TypeError as error:
+        raise DataError(
+            f"superclass_of_class of {name} is {given!r}: expected the number of a super-class for"
+            " each class"
+        ) from error
+    is_in_order = not isinstance(given, Mapping) or list(given) == list(range(len(given)))
+    if array.ndim != 1 or array.dtype.kind not in "iu" or not is_in_order:
+        raise DataError(
+            f"superclass_of_class of {name} is {given!r}: expected the number of a super-class for"
+            " each class, in the order of the labels"
+        )
+    return tuple(int(k) for k in array)
 
 
 def _numbered(*splits: Split | None) -> list[str]:
@@ -69,37 +127,35 @@ def _numbered(*splits: Split | None) -> list[str]:
 
 
 def _split(made: Any, where: str) -> Split:
-    is_pair = isinstance(made, tuple | list) and len(made) == 2
-    if not is_pair and hasattr(made, "__getitem__") and hasattr(made, "__len__"):
-        made = _stacked(made, where)
-    elif not is_pair:
-        raise DataError(f"{where} is a {type(made).__name__}: {_EXPECTED}")
-    inputs, labels = made
-    if isinstance(inputs, Mapping):
-        inputs = structured({str(k): np.asarray(v) for k, v in inputs.items()})
     try:
-        return Split(inputs=np.asarray(inputs), labels=np.asarray(labels))
+        inputs, labels = _pair(made)
+        return Split(inputs=as_inputs(inputs), labels=as_array(labels, "labels"))
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
 
 
-def _stacked(items: Any, where: str) -> tuple[Any, np.ndarray]:
-    """Return the pairs of a data set as arrays."""
-    pairs = [items[i] for i in range(len(items))]
+def _pair(made: Any) -> tuple[Any, Any]:
+    """Return inputs and labels, each N first."""
+    if isinstance(made, tuple | list) and len(made) == 2:
+        if all(isinstance(part, tuple | list) and len(part) == 2 for part in made):
+            raise DataError(
+                "there are two pairs: return {'train': …, 'validation': …} if they are of training"
+                " and validation"
+            )
+        return made[0], made[1]
+    if not (hasattr(made, "__getitem__") and hasattr(made, "__len__")) or isinstance(made, str):
+        raise DataError(f"it is a {type(made).__name__}: {_EXPECTED}")
+    pairs = [made[i] for i in range(len(made))]
     if not pairs or not all(isinstance(p, tuple | list) and len(p) == 2 for p in pairs):
-        raise DataError(f"{where}: the items are no pairs (input, label): {_EXPECTED}")
+        kind = type(pairs[0]).__name__ if pairs else "nothing"
+        raise DataError(f"the items are no pairs (input, label) but {kind}: {_EXPECTED}")
     inputs, labels = zip(*pairs, strict=True)
-    first = inputs[0]
+    if not isinstance(inputs[0], Mapping):
+        return list(inputs), list(labels)
     try:
-        if isinstance(first, Mapping):
-            together: Any = {k: np.stack([np.asarray(x[k]) for x in inputs]) for k in first}
-        else:
-            together = np.stack([np.asarray(x) for x in inputs])
-    except (ValueError, KeyError) as error:
-        raise DataError(
-            f"{where}: the inputs cannot be stacked ({error}): expected one shape for all"
-        ) from error
-    return together, np.asarray([int(label) for label in labels])
+        return {name: [x[name] for x in inputs] for name in inputs[0]}, list(labels)
+    except KeyError as error:
+        raise DataError(f"the inputs cannot be stacked: one lacks {error}") from error
 
 
 @dataclass(frozen=True)
@@ -158,8 +214,8 @@ def read_npz(path: Path, inputs: str = "", labels: str = "") -> Mapping[str, Any
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            x = _named(arrays, (inputs,) if inputs else _INPUTS, path)
-            y = _named(arrays, (labels,) if labels else _LABELS, path)
+            x = _array_named(arrays, (inputs,) if inputs else _INPUTS, path)
+            y = _array_named(arrays, (labels,) if labels else _LABELS, path)
             names = arrays["class_names"].tolist() if "class_names" in arrays else None
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
@@ -168,7 +224,7 @@ def read_npz(path: Path, inputs: str = "", labels: str = "") -> Mapping[str, Any
     return {"validation": (x, y), "class_names": names, "source": f"Read from {path}."}
 
 
-def _named(arrays: Mapping[str, np.ndarray], names: Sequence[str], path: Path) -> np.ndarray:
+def _array_named(arrays: Mapping[str, np.ndarray], names: Sequence[str], path: Path) -> np.ndarray:
     for name in names:
         if name in arrays:
             return arrays[name]

@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from distributed_stiffness.data.examples import LabelledData, Split
 from distributed_stiffness.data.labels import permute_labels, require_every_class, subset
 from distributed_stiffness.data.preprocessing import AsGiven, Preprocessing
 from distributed_stiffness.errors import DataError
+from distributed_stiffness.paths import Location
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.study import Data
 
@@ -74,7 +74,7 @@ class StudyData:
 def select(
     data: Data,
     *,
-    directory: str | Path | None = None,
+    directory: Location | None = None,
     download: bool = True,
     every_class: bool = True,
     progress: Progress | None = None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,18 @@ from distributed_stiffness.checkpoints import Checkpoints, TrainingRun, weights_
 from distributed_stiffness.data.foreign import READERS
 from distributed_stiffness.engine import Run, run_study
 from distributed_stiffness.engine.prepare import Prepared
-from distributed_stiffness.errors import CheckpointError
+from distributed_stiffness.errors import CheckpointError, StudyError
 from distributed_stiffness.factories import name_of
-from distributed_stiffness.importing.places import Files, describe, find, from_table, grid, placed
-from distributed_stiffness.importing.weights import fitted, read, stamp
+from distributed_stiffness.importing.content import read, stamp
+from distributed_stiffness.importing.files import Paths, find
+from distributed_stiffness.importing.places import Files, describe, grid, placed
+from distributed_stiffness.importing.table import Table, from_table
+from distributed_stiffness.importing.weights import fitted
 from distributed_stiffness.models.foreign import HUGGING_FACE
+from distributed_stiffness.paths import Location, local
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.study import Study, build_study, training_identity
 from distributed_stiffness.training import build_model
-
-Table = str | Path | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Imports:
     study: Study
     files: Files
     prefix: str | None = None
+    key: str | None = None
 
     def lines(self) -> list[str]:
         """Return the table of what was understood."""
@@ -51,16 +54,18 @@ class Imports:
         study, data, progress = prepared.study, prepared.data, prepared.progress
         identity = training_identity(study, content=data.training_hash)
         folder = Checkpoints(prepared.run.checkpoint_folder, identity=identity)
-        expected = build_model(study, data, study.training.seeds[0]).state_dict()
         phase = progress.phase("importing", len(self.files), "checkpoints")
         phase.begin()
         said = ""
         for place, path in self.files.items():
             run = TrainingRun(place.learning_rate, place.seed)
-            source = json.dumps({"stamp": stamp(path), "prefix": self.prefix})
+            how_read = {"prefix": self.prefix} | ({"key": self.key} if self.key else {})
+            source = json.dumps({"stamp": stamp(path)} | how_read)
             there = folder.source(run, place.iteration)
             if there != source:
-                weights, how = fitted(read(path), expected, path, self.prefix)
+                # Anew for each: what one checkpoint lacks is not left from another.
+                network = build_model(study, data, study.training.seeds[0])
+                weights, how = fitted(read(path, self.key), network, path, self.prefix)
                 if how not in ("", said):
                     said = how
                     progress.say(f"{path}: {how}")
@@ -79,12 +84,13 @@ class Imports:
 def gather(
     model: str | Callable[..., Any],
     data: str | Callable[..., Any],
-    checkpoints: str | Sequence[str] | None = None,
+    checkpoints: Paths | None = None,
     *,
     pattern: str | None = None,
     table: Table | None = None,
     iterations: Sequence[int] | None = None,
     prefix: str | None = None,
+    key: str | None = None,
     loss: str | Callable[..., Any] = "cross_entropy",
     examples: int | None = None,
     train_examples: int = 0,
@@ -134,15 +140,15 @@ def gather(
         "keep": keep,
         "distance_bins": distance_bins,
     }
-    return Imports(build_study(lambda: Study.model_validate(fields)), files, prefix)
+    return Imports(build_study(lambda: Study.model_validate(fields)), files, prefix, key)
 
 
 def measure_checkpoints(
     model: str | Callable[..., Any],
     data: str | Callable[..., Any],
-    checkpoints: str | Sequence[str] | None = None,
+    checkpoints: Paths | None = None,
     *,
-    store: str = "results/gram.zarr",
+    store: Location | None = None,
     run: Run | None = None,
     progress: Progress | None = None,
     **choices: Any,
@@ -161,18 +167,19 @@ def measure_checkpoints(
         data: `package.module:factory`, such a function itself (what it may return is said at
             `data.foreign.labelled`), `npz:FILE`, `images:FOLDER`, `hf:FOLDER`, or a name of this
             package's. Inputs are taken as they are.
-        checkpoints: patterns of paths or URLs, such as `'runs/*/step-*.pt'`: .safetensors; .pt,
-            .pth, .ckpt and .bin with a state dict; model folders of Hugging Face. None: the folder
-            of an `hf:` model, or those of the table.
-        store: path or URL of the results.
-        run: where and how it is computed, in place of `store`.
+        checkpoints: a path, a URL, a pattern such as `'runs/*/step-*.pt'`, or a list of these:
+            files of safetensors, or of torch with a state dict; model folders of Hugging Face.
+            None: the folder of an `hf:` model, or those of the table.
+        store: path or URL of the results; None: that of `run`, else results/gram.zarr.
+        run: where and how it is computed.
         progress: where it is shown.
         choices: by name, all optional:
 
             - `pattern`: how the paths end, such as `'lr{learning_rate}/step-{iteration}'`.
-            - `table`: CSV file, or rows, with path, learning_rate, seed, iteration.
+            - `table`: CSV file, DataFrame, or rows, with path, learning_rate, seed, iteration.
             - `iterations`: those that are looked at.
             - `prefix`: of the names in a state dict; found, where there is one choice.
+            - `key`: under which the state dict is in its file, such as "ema" or "state.model".
             - `loss`: "cross_entropy", or a function (outputs, targets) -> (N,), or its name.
             - `examples`: how many, drawn with the classes in proportion; None: all.
             - `train_examples`: of a training split, put before them.
@@ -187,7 +194,7 @@ def measure_checkpoints(
     Raises:
         StiffnessError: whatever a user can mend, before costly work where that is possible.
     """
-    run = run or Run(store=store)
+    run = _run_in(store, run)
     if progress is None:
         with Progress(quiet=run.quiet) as progress:
             return measure_checkpoints(
@@ -199,6 +206,24 @@ def measure_checkpoints(
     return run_study(imports.study, run, progress, bring=imports.bring)
 
 
+def _run_in(store: Location | None, run: Run | None) -> Run:
+    """Return the run, in the store that is named beside it.
+
+    Raises:
+        StudyError: the run has another.
+    """
+    if run is None:
+        return Run(store=store or "results/gram.zarr")
+    if store is None:
+        return run
+    chosen = replace(run, store=store)
+    if chosen.store_url != run.store_url != Run().store_url:
+        raise StudyError(
+            f"the store is {chosen.store_url}, and the run's is {run.store_url}: name it once"
+        )
+    return chosen
+
+
 def _settled(name: str) -> str:
     """Return a name that holds a path with that path absolute: replicas may work elsewhere.
 
@@ -207,11 +232,11 @@ def _settled(name: str) -> str:
     kind, _, path = name.partition(":")
     if kind not in (*READERS, HUGGING_FACE.rstrip(":")) or "_ray_pkg_" in str(Path.cwd()):
         return name
-    return f"{kind}:{Path(path).expanduser().absolute()}"
+    return f"{kind}:{local(path, f'the place of {kind}:')}"
 
 
 def _files(
-    model: str, checkpoints: str | Sequence[str] | None, pattern: str | None, table: Table | None
+    model: str, checkpoints: Paths | None, pattern: str | None, table: Table | None
 ) -> Files:
     if table is not None:
         if checkpoints is not None or pattern is not None:

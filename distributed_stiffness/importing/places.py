@@ -1,42 +1,38 @@
-"""Which learning rate, seed and iteration a file is of: from its path, a pattern, or a table. Pure
-but for looking for files.
-"""
+"""Which learning rate, seed and iteration a file is of: from its path, or by a pattern. Pure."""
 
 from __future__ import annotations
 
-import csv
-import glob
 import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from distributed_stiffness.errors import CheckpointError
+from distributed_stiffness.importing.numerals import NOT_WITHIN, REAL, WHOLE, after, real, whole
 from distributed_stiffness.study import NOT_GIVEN, rate_in_words
 
 FIELDS = ("learning_rate", "seed", "iteration")
 _FIELD_OF = {
     "learning_rate": "learning_rate",
+    "learningrate": "learning_rate",
     "lr": "learning_rate",
     "seed": "seed",
     "iteration": "iteration",
+    "iterations": "iteration",
     "step": "iteration",
+    "steps": "iteration",
     "global_step": "iteration",
     "epoch": "iteration",
+    "epochs": "iteration",
 }
 # Words before a number in a path; of an iteration's, the first line that finds one counts.
 _WORDS: Mapping[str, tuple[str, ...]] = {
-    "learning_rate": ("learning_?rate|lr",),
+    "learning_rate": ("learning[_ .-]?rate|lr",),
     "seed": ("seed",),
     "iteration": ("iterations?|iter|steps?|checkpoint|ckpt", "epochs?|ep"),
 }
-_REAL = r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
-_WHOLE = r"\d+"
 _LISTED = 20  # files that are listed one by one
 
 
@@ -56,35 +52,6 @@ class Place:
 Files = Mapping[Place, str]  # path or URL by place
 
 
-def find(checkpoints: str | Sequence[str]) -> list[str]:
-    """Return the files and folders that patterns such as 'runs/*/step-*.pt' match.
-
-    Raises:
-        CheckpointError: one matches nothing.
-    """
-    found: dict[str, None] = {}
-    for pattern in [checkpoints] if isinstance(checkpoints, str) else checkpoints:
-        matches = _matches(str(pattern))
-        if not matches:
-            raise CheckpointError(
-                f"no file matches {str(pattern)!r} (looked for in {Path.cwd()}): expected paths of"
-                " checkpoints, where * stands for anything within a name and ** for any folders;"
-                " put them in quotes, so that the shell leaves the * alone"
-            )
-        found |= dict.fromkeys(matches)
-    return list(found)
-
-
-def _matches(pattern: str) -> list[str]:
-    if "://" not in pattern:
-        return sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))  # noqa: PTH207
-    try:
-        filesystem, path = fsspec.core.url_to_fs(pattern)
-        return sorted(filesystem.unstrip_protocol(match) for match in filesystem.glob(path))
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"cannot look into {pattern}: {error}") from error
-
-
 def placed(paths: Iterable[str], pattern: str | None = None) -> Files:
     """Place every file on the grid.
 
@@ -98,48 +65,12 @@ def placed(paths: Iterable[str], pattern: str | None = None) -> Files:
     """
     paths = list(paths)
     read = _read_by_words(paths) if pattern is None else _read_by_pattern(paths, pattern)
-    return _distinct(read, "name what tells them apart with --pattern, or give a --table")
+    return distinct(read, "name what tells them apart with --pattern, or give a --table")
 
 
-def from_table(table: str | Path | Sequence[Mapping[str, Any]]) -> Files:
-    """Place the files that a table lists.
-
-    Args:
-        table: a CSV file with the columns path, learning_rate, seed and iteration, of which all but
-            path may be missing, or such rows. Paths are relative to the folder of the CSV file.
-
-    Raises:
-        CheckpointError: the table cannot be read, a file is not there, or two are of one place.
-    """
-    folder = Path()
-    if isinstance(table, str | Path):
-        where, folder = str(table), Path(table).parent
-        try:
-            with Path(table).open(newline="") as file:
-                rows: Sequence[Mapping[str, Any]] = list(csv.DictReader(file, strict=True))
-        except (OSError, ValueError, csv.Error) as error:
-            raise CheckpointError(f"cannot read the table {table}: {error}") from error
-    else:
-        where, rows = "the table", table
-    if not rows:
-        raise CheckpointError(f"{where} has no rows: expected one for each checkpoint")
-    found = []
-    for number, row in enumerate(rows, 1):
-        at = f"row {number} of {where}"
-        path = row.get("path")
-        if not path:
-            raise CheckpointError(f"{at} has no path: its columns are {', '.join(map(str, row))}")
-        if "://" not in str(path):
-            path = str(folder / str(path))
-            if not Path(path).exists():
-                raise CheckpointError(f"{at}: there is no file {path}")
-        given = [
-            (_FIELD_OF[k.strip()], str(v).strip())
-            for k, v in row.items()
-            if isinstance(k, str) and k.strip() in _FIELD_OF and v not in (None, "")
-        ]
-        found.append((str(path), _place(given, at)))
-    return _distinct(found, "each row needs its own learning rate, seed or iteration")
+def field_of(name: str) -> str | None:
+    """Return the field that a column or a brace stands for; None: it is no such name."""
+    return _FIELD_OF.get(name)
 
 
 def grid(files: Files, iterations: Sequence[int] | None = None) -> Files:
@@ -194,8 +125,9 @@ def _read_by_words(paths: Sequence[str]) -> list[tuple[str, Place]]:
         given = []
         for field, words in _WORDS.items():
             for line in words:
-                values = _after(line, _REAL if field == "learning_rate" else _WHOLE, path)
-                if len({float(value) for value in values}) > 1:
+                is_rate = field == "learning_rate"
+                values = list(after(line, path, is_rate=is_rate, field=_words(field)))
+                if len({real(value) if is_rate else whole(value) for value in values}) > 1:
                     raise CheckpointError(
                         f"{path} names more than one {_words(field)} ({', '.join(values)}): say"
                         f" which counts with --pattern, such as '*-{{{field}}}', or give a --table"
@@ -205,7 +137,7 @@ def _read_by_words(paths: Sequence[str]) -> list[tuple[str, Place]]:
                     if field == "iteration":
                         lines[path] = line
                     break
-        found.append((path, _place(given, path)))
+        found.append((path, place_of(given, path)))
     without = [path for path in paths if path not in lines]
     if without and len(paths) > 1:
         raise CheckpointError(
@@ -222,14 +154,6 @@ def _read_by_words(paths: Sequence[str]) -> list[tuple[str, Place]]:
     return found
 
 
-def _after(words: str, number: str, path: str) -> list[str]:
-    return re.findall(
-        rf"(?<![A-Za-z0-9])(?:global_?)?(?:{words})[=_-]?({number})(?![A-Za-z0-9])",
-        path,
-        re.IGNORECASE,
-    )
-
-
 def _read_by_pattern(paths: Sequence[str], pattern: str) -> list[tuple[str, Place]]:
     expression, fields = _expression(pattern)
     found = []
@@ -240,7 +164,7 @@ def _read_by_pattern(paths: Sequence[str], pattern: str) -> list[tuple[str, Plac
                 f"{path} does not end like --pattern {pattern!r}, with numbers in the braces and"
                 " maybe a suffix after it: mend the pattern, or narrow --checkpoints"
             )
-        found.append((path, _place(list(zip(fields, match.groups(), strict=True)), path)))
+        found.append((path, place_of(list(zip(fields, match.groups(), strict=True)), path)))
     return found
 
 
@@ -252,7 +176,9 @@ def _expression(pattern: str) -> tuple[re.Pattern[str], list[str]]:
             parts.append(re.escape(literal).replace(r"\*", "[^/]*"))
         elif field in _FIELD_OF:
             fields.append(_FIELD_OF[field])
-            parts.append(f"({_REAL if fields[-1] == 'learning_rate' else _WHOLE})")
+            number = REAL if fields[-1] == "learning_rate" else WHOLE
+            # A * beside it takes no part of the number.
+            parts.append(f"{NOT_WITHIN[0]}({number}){NOT_WITHIN[1]}")
         else:
             raise CheckpointError(
                 f"--pattern {pattern!r} has {{{field}}}: expected {{learning_rate}}, {{seed}} and"
@@ -267,29 +193,36 @@ def _expression(pattern: str) -> tuple[re.Pattern[str], list[str]]:
     return re.compile(rf"(?:^|/){''.join(parts)}(?:\.[A-Za-z]\w*)*$"), fields
 
 
-def _place(given: Sequence[tuple[str, str]], where: str) -> Place:
+def place_of(given: Sequence[tuple[str, str]], where: str) -> Place:
+    """Return the place that fields and the text of their numbers name.
+
+    Raises:
+        CheckpointError: a field comes twice, or its text is no such number.
+    """
     values: dict[str, Any] = {}
     for field, text in given:
         if field in values:
             raise CheckpointError(f"{where} gives the {_words(field)} twice: give it once")
-        try:
-            number = float(text)
-            values[field] = number if field == "learning_rate" else int(number)
-            fits = 0 <= number < 2**63 and (field == "learning_rate" or number == int(number))
-        except (ValueError, OverflowError):
-            fits = False
-        if not fits:
-            kind = "a number" if field == "learning_rate" else "a whole number"
+        is_rate = field == "learning_rate"
+        number = real(text) if is_rate else whole(text)
+        if number is None or not number < 2**63:
+            kind = "a number such as 0.001" if is_rate else "a whole number"
             raise CheckpointError(
                 f"{where} has {text!r} for the {_words(field)}: expected {kind}, 0 or more"
             )
+        values[field] = number
     return Place(**values)
 
 
 # Grids
 
 
-def _distinct(found: Iterable[tuple[str, Place]], remedy: str) -> Files:
+def distinct(found: Iterable[tuple[str, Place]], remedy: str) -> Files:
+    """Return the files by their places.
+
+    Raises:
+        CheckpointError: two are of one place.
+    """
     files: dict[Place, str] = {}
     for path, place in found:
         if place in files:

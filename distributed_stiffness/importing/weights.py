@@ -1,238 +1,141 @@
-"""Weights of a checkpoint that another program wrote, by the names of the network that takes them.
+"""From the weights of a checkpoint to those of the network that takes them, by the network's names.
 
-Nothing is unpickled but what torch.load(weights_only=True) lets through: tensors and containers.
+Which names fit is decided by the network's own `load_state_dict`, so that whatever torch takes is
+taken: older names of weight normalisation, what a version of a module did not have yet, a module's
+extra state. What wrappers have put around the names is taken off before.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import pickle
-import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+from collections import OrderedDict, defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import fsspec
-import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from distributed_stiffness.errors import CheckpointError
+from distributed_stiffness.importing.content import Read
 
-# Names under which training scripts keep the weights beside other things.
-_NESTED = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights")
-_IN_FOLDER = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+# What torch.compile, data parallelism, FSDP, activation checkpointing, Lightning and Opacus call
+# the network within: its names have these between them, wherever a part is wrapped.
+_WRAPPERS = (
+    "module",
+    "_module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+    "_original_module",
 )
-_PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".pth.tar")  # the last: no archive, only called so
-_LISTED = 4  # keys that are named
-
-
-@dataclass(frozen=True)
-class Read:
-    """The tensors of a checkpoint, as they are called there."""
-
-    tensors: Mapping[str, Tensor]
-    under: str | None = None  # the key that they were nested under
-
-
-def read(path: str) -> Read:
-    """Read the tensors of a checkpoint: a file, or a folder of Hugging Face.
-
-    Raises:
-        CheckpointError: it cannot be read, holds no state dict, or would run code.
-    """
-    filesystem, root = _opened(path)
-    tensors: dict[str, Tensor] = {}
-    under = None
-    for file in _files(filesystem, root, path):
-        part = _read_file(filesystem, file)
-        tensors |= part.tensors
-        under = part.under
-    return Read(tensors, under)
-
-
-def stamp(path: str) -> str:
-    """Return a digest that another version of the file, or folder, does not have.
-
-    Raises:
-        CheckpointError: there is no such file.
-    """
-    filesystem, root = _opened(path)
-    seen = []
-    for file in _files(filesystem, root, path):
-        info = filesystem.info(file)
-        when = info.get("ETag") or info.get("mtime") or info.get("LastModified")
-        seen.append([PurePosixPath(file).name, info["size"], str(when)])
-    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
+_LISTED = 4  # names that are listed
 
 
 def fitted(
-    read: Read, expected: Mapping[str, Tensor], path: str, prefix: str | None = None
-) -> tuple[dict[str, Tensor], str]:
-    """Return the weights by the network's names, and how they got them in words ("": as they were).
+    read: Read, network: nn.Module, path: str, prefix: str | None = None
+) -> tuple[dict[str, Any], str]:
+    """Return the network's state dict with a checkpoint's weights, and how they got there in words.
 
     Args:
         read: the checkpoint.
-        expected: the network's state dict.
+        network: freshly built; its weights become those of the checkpoint.
         path: of the checkpoint, for messages.
         prefix: of the names in the checkpoint; None: it is found.
 
     Raises:
-        CheckpointError: names or shapes do not fit; lists the first few.
+        CheckpointError: names, shapes or kinds of numbers do not fit; lists the first few.
     """
-    expected = {name: value for name, value in expected.items() if isinstance(value, Tensor)}
-    prefix = _prefix(read.tensors, expected, path) if prefix is None else prefix
-    inside = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in read.tensors.items()
-        if name.startswith(prefix)
-    }
-    outside = len(read.tensors) - len(inside)
-    tied = _tied(inside, expected)
-    inside |= tied
-    _require_names(inside, expected, path, prefix)
-    _require_shapes(inside, expected, path)
+    names = _Names(network)
+    if prefix is None:
+        prefix = _prefix(read.weights, names, path)
+    theirs = _renamed(read.weights, names, prefix, path)
+    inside = {name: read.weights[their] for name, their in theirs.items()}
+    kinds = _kinds(inside, names.expected, path)
+    wrong = _wrong_shapes(inside, names.expected)
+    own = _own_buffers(inside, network)
+    missing, surplus = _load(
+        network,
+        {name: value for name, value in inside.items() if name not in {*wrong, *own}},
+        _versions(read, names, prefix),
+        path,
+    )
+    weights = network.state_dict()
+    tied = _tied(missing, inside, weights)
+    missing = [name for name in missing if name not in {*tied, *wrong}]
+    _require_names(missing, surplus, inside, names.expected, path, prefix)
+    _require_shapes(wrong, path)
+    _require_one_of_tied(inside, weights, path)
+    outside = len(read.weights) - len(inside)
+    made = [name for name in names.expected if name not in {*inside, *tied}]
     notes = [
         f"found under {read.under!r}" if read.under else "",
         f"prefix {prefix!r} taken off" if prefix else "",
+        _taken_off(theirs, prefix),
         f"{outside} tensors of other names left out" if outside else "",
-        f"tied: {', '.join(list(tied)[:_LISTED])}" if tied else "",
-        _cast(inside, expected),
+        f"tied: {_names(tied)}" if tied else "",
+        f"made by the network's own loading: {_names(made)}" if made else "",
+        f"not stored by the network: {_names(own)}" if own else "",
+        kinds,
     ]
-    weights = {name: inside[name].to(value.dtype) for name, value in expected.items()}
-    return weights, "; ".join(note for note in notes if note)
+    return dict(weights), "; ".join(note for note in notes if note)
 
 
-# Reading
+# Names
 
 
-def _opened(path: str) -> tuple[Any, str]:
-    try:
-        filesystem, root = fsspec.core.url_to_fs(path)
-    except (ValueError, ImportError) as error:
-        raise CheckpointError(f"{path} is no place for a checkpoint: {error}") from error
-    return filesystem, root
+class _Names:
+    """The names of a network's weights, and what they are called without wrappers."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.expected: Mapping[str, Any] = network.state_dict()
+        # A network may have parts of its own that are called so.
+        without = {_without(name, _WRAPPERS) for name in self.expected}
+        self.wrappers = _WRAPPERS if len(without) == len(self.expected) else ()
+        # The innermost, of a module and what it is wrapped in.
+        self._modules = {
+            self.bare(name): name for name, _ in network.named_modules(remove_duplicate=False)
+        }
+        self.bare_expected = {self.bare(name) for name in self.expected}
+
+    def bare(self, name: str) -> str:
+        """Return a name without what wrappers have put into it."""
+        return _without(name, self.wrappers)
+
+    def of(self, name: str) -> str:
+        """Return what the network calls a weight, or would: the module may rename it itself."""
+        if name in self.expected:
+            return name
+        parts = self.bare(name).split(".")
+        for k in range(len(parts) - 1, 0, -1):
+            module = self._modules.get(".".join(parts[:k]))
+            if module is not None:
+                return ".".join([module, *parts[k:]])
+        return ".".join(part for part in [self._modules[""], *parts] if part)
 
 
-def _files(filesystem: Any, root: str, path: str) -> Iterator[str]:
-    """Yield the file, or those of a folder that hold weights."""
-    try:
-        if not filesystem.isdir(root):
-            yield root
-            return
-        there = next((n for n in _IN_FOLDER if filesystem.exists(f"{root}/{n}")), None)
-        if there is None:
-            raise CheckpointError(
-                f"the folder {path} holds none of {', '.join(_IN_FOLDER)}: expected a model folder"
-                " of Hugging Face, or the path of a file"
-            )
-        if not there.endswith(".json"):
-            yield f"{root}/{there}"
-            return
-        shards = json.loads(filesystem.cat_file(f"{root}/{there}"))["weight_map"].values()
-        for shard in dict.fromkeys(shards):
-            if (
-                not isinstance(shard, str)
-                or "/" in shard
-                or not filesystem.exists(f"{root}/{shard}")
-            ):
-                raise CheckpointError(f"{path}/{there} names {shard!r}, which is not in the folder")
-            yield f"{root}/{shard}"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"cannot read the checkpoint {path}: {error}") from error
+def _without(name: str, wrappers: Collection[str]) -> str:
+    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
-def _read_file(filesystem: Any, path: str) -> Read:
-    name = PurePosixPath(path).name.lower()
-    try:
-        if name.endswith(".safetensors"):
-            if "file" in filesystem.protocol:
-                return Read(safetensors.torch.load_file(path))
-            return Read(safetensors.torch.load(filesystem.cat_file(path)))
-        if name.endswith(_PICKLED):
-            with filesystem.open(path, "rb") as file, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of old formats: what matters is raised
-                return _nested(torch.load(file, map_location="cpu", weights_only=True), path)
-    except CheckpointError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(_would_run_code(path, error)) from error
-    except Exception as error:  # a broken file makes torch and safetensors raise anything
-        raise CheckpointError(
-            f"cannot read the checkpoint {path}: {type(error).__name__}: {_first_line(error)}"
-        ) from error
-    raise CheckpointError(
-        f"{path} is of a kind that is not known: expected .safetensors, {', '.join(_PICKLED)} with"
-        " a state dict, or a model folder of Hugging Face; save model.state_dict() with"
-        " safetensors.torch.save_file"
-    )
-
-
-def _nested(loaded: Any, path: str) -> Read:
-    """Find the state dict in what was loaded."""
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(
-            f"{path} holds a {type(loaded).__name__}: expected a state dict, as"
-            " torch.save(model.state_dict(), …) writes it"
-        )
-    if loaded and all(isinstance(value, Tensor) for value in loaded.values()):
-        return Read(dict(loaded))
-    for key in _NESTED:
-        inside = loaded.get(key)
-        if isinstance(inside, Mapping):
-            tensors = {k: v for k, v in inside.items() if isinstance(v, Tensor)}
-            if tensors:
-                return Read(tensors, under=key)
-    tensors = {k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    if tensors:
-        return Read(tensors)
-    raise CheckpointError(
-        f"{path} holds no state dict, only {_names(map(str, loaded))}: expected one at the top or"
-        f" under {', '.join(_NESTED)}"
-    )
-
-
-def _would_run_code(path: str, error: BaseException) -> str:
-    said = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line]
-    why = said[0].partition(" was not an allowed")[0] if said else _first_line(error)
-    return (
-        f"{path} holds more than tensors ({why}), so that reading it could run code: it is not"
-        " read. In the program that wrote it, save the state dict alone, with"
-        " torch.save(model.state_dict(), 'weights.pt') or"
-        " safetensors.torch.save_file(model.state_dict(), 'weights.safetensors'); or, if you trust"
-        " the file, once: torch.save(torch.load(path, weights_only=False)['state_dict'],"
-        " 'weights.pt')"
-    )
-
-
-# Fitting
-
-
-def _prefix(there: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str) -> str:
+def _prefix(given: Mapping[str, Any], names: _Names, path: str) -> str:
     """Find what stands before the network's names: "", "module.", "model.", "net.", …"""
-    if not expected:
+    if names.expected.keys() <= given.keys():
         return ""
-    counts: dict[str, int] = {"": 0}
-    for name in there:
-        parts = name.split(".")
-        for k in range(len(parts)):
-            if ".".join(parts[k:]) in expected:
-                prefix = "".join(f"{part}." for part in parts[:k])
-                counts[prefix] = counts.get(prefix, 0) + 1
-    if counts[""] == len(expected):
+    befores: defaultdict[str, list[list[str]]] = defaultdict(list)  # by what they are bare
+    for name in given:
+        parts, seen = name.split("."), set()
+        for k in range(len(parts) - 1, -1, -1):
+            before = names.bare(".".join(parts[:k]))
+            fits = names.bare(".".join(parts[k:])) in names.bare_expected
+            if fits and before not in seen:
+                seen.add(before)
+                befores[before].append(parts[:k])
+    if not befores:
         return ""
-    most = max(counts.values())
-    best = [prefix for prefix, count in counts.items() if count == most]
-    if most and len(best) > 1:
+    most = max(map(len, befores.values()))
+    best = [_common(found) for found in befores.values() if len(found) == most]
+    if len(best) > 1:
         raise CheckpointError(
             f"{path} holds the network's names {len(best)} times, after"
             f" {' and '.join(map(repr, best))}: say which with --prefix {best[-1]}"
@@ -240,65 +143,190 @@ def _prefix(there: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: s
     return best[0]
 
 
-def _tied(inside: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what was left out because the network has it by another name too."""
-    by_memory: dict[tuple[int, Any], str] = {}
-    for name in expected:
-        if name in inside:
-            by_memory[_memory(expected[name])] = name
-    return {
-        name: inside[by_memory[_memory(value)]]
-        for name, value in expected.items()
-        if name not in inside and value.numel() and _memory(value) in by_memory
+def _common(befores: Iterable[list[str]]) -> str:
+    """Return the parts that all begin with, each with its dot."""
+    together: list[str] = []
+    for parts in zip(*befores, strict=False):
+        if len(set(parts)) > 1:
+            break
+        together.append(f"{parts[0]}.")
+    return "".join(together)
+
+
+def _renamed(given: Iterable[str], names: _Names, prefix: str, path: str) -> dict[str, str]:
+    """Return the name in the checkpoint of each weight, by the network's name."""
+    theirs: dict[str, str] = {}
+    for name in given:
+        if not name.startswith(prefix):
+            continue
+        ours = names.of(name.removeprefix(prefix))
+        if ours in theirs:
+            raise CheckpointError(
+                f"{path} has {theirs[ours]} and {name}, which are both {ours} of the network: say"
+                " with --prefix how those begin that count"
+            )
+        theirs[ours] = name
+    return theirs
+
+
+def _taken_off(theirs: Mapping[str, str], prefix: str) -> str:
+    found = {
+        part
+        for ours, name in theirs.items()
+        for part in name.removeprefix(prefix).split(".")
+        if part in _WRAPPERS and part not in ours.split(".")
     }
+    return f"{', '.join(sorted(found))} of wrappers taken off" if found else ""
 
 
-def _memory(tensor: Tensor) -> tuple[int, Any]:
-    return tensor.data_ptr(), tuple(tensor.shape)
+def _versions(read: Read, names: _Names, prefix: str) -> OrderedDict[str, Any]:
+    """Return torch's notes of each module's version, by the network's names of modules."""
+    versions: OrderedDict[str, Any] = OrderedDict()
+    for module, version in (read.versions or {}).items():
+        if f"{module}.".startswith(prefix):
+            name = f"{module}.".removeprefix(prefix).rstrip(".")
+            versions[names.of(f"{name}.").rstrip(".") if name else ""] = version
+    return versions
+
+
+# Loading
+
+
+def _load(
+    network: nn.Module, inside: Mapping[str, Any], versions: OrderedDict[str, Any], path: str
+) -> tuple[list[str], list[str]]:
+    """Let the network load; return the names that it misses, and those that it does not know."""
+    state: Any = OrderedDict(inside)
+    if versions:
+        state._metadata = versions  # where torch keeps it
+    try:
+        found = network.load_state_dict(state, strict=False)
+    except Exception as error:  # hooks and extra states are the user's own code
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise CheckpointError(
+            f"{path} does not fit the network: its load_state_dict fails with"
+            f" {type(error).__name__}: {' '.join(said[-2:])}"
+        ) from error
+    return list(found.missing_keys), list(found.unexpected_keys)
+
+
+def _own_buffers(inside: Mapping[str, Any], network: nn.Module) -> list[str]:
+    """Return the names of buffers that the network makes itself, and has as they are given."""
+    stored = network.state_dict().keys()
+    return [
+        name
+        for name, own in network.named_buffers()
+        if name not in stored
+        and isinstance(given := inside.get(name), Tensor)
+        and given.shape == own.shape
+        and torch.allclose(given.double(), own.detach().cpu().double(), rtol=1e-6, atol=0)
+    ]
+
+
+def _tied(
+    missing: Iterable[str], inside: Mapping[str, Any], weights: Mapping[str, Any]
+) -> list[str]:
+    """Return what was left out because the network has it by another name too."""
+    there = {memory for name in inside if (memory := _memory(weights.get(name)))}
+    return [name for name in missing if _memory(weights[name]) in there]
+
+
+def _memory(value: Any) -> tuple[Any, ...] | None:
+    """Return what tells one tensor from another; None: it has no numbers."""
+    if not isinstance(value, Tensor) or is_lazy(value) or not value.numel():
+        return None
+    return (value.data_ptr(), tuple(value.shape), value.stride()) if value.data_ptr() else None
+
+
+# What is refused
 
 
 def _require_names(
-    inside: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str, prefix: str
+    missing: Iterable[str],
+    surplus: Iterable[str],
+    inside: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    path: str,
+    prefix: str,
 ) -> None:
-    missing = [f"{n} {tuple(expected[n].shape)}" for n in expected if n not in inside]
-    surplus = [f"{n} {tuple(inside[n].shape)}" for n in inside if n not in expected]
-    if not (missing or surplus):
+    lacks = [f"{name} {_shape(expected.get(name))}".strip() for name in missing]
+    more = [f"{name} {_shape(inside.get(name))}".strip() for name in surplus]
+    if not (lacks or more):
         return
     parts = [
-        f"it lacks {len(missing)} of {len(expected)} that the network has: {_names(missing)}"
-        if missing
+        f"it lacks {len(lacks)} of {len(expected)} that the network has: {_names(lacks)}"
+        if lacks
         else "",
-        f"it has {len(surplus)} that the network has not: {_names(surplus)}" if surplus else "",
+        f"it has {len(more)} that the network has not: {_names(more)}" if more else "",
     ]
     raise CheckpointError(
         f"{path} does not fit the network"
         + (f" (names after {prefix!r})" if prefix else "")
         + f": {'; '.join(part for part in parts if part)}. Give the --model (and --model-option)"
-        " that it was trained as, or --prefix if its names have another beginning"
+        " that it was trained as, --prefix if its names have another beginning, or --key if its"
+        " weights are under another key"
     )
 
 
-def _require_shapes(
-    inside: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str
-) -> None:
-    wrong = [
-        f"{name} is {tuple(inside[name].shape)}, in the network {tuple(value.shape)}"
-        for name, value in expected.items()
-        if inside[name].shape != value.shape
-    ]
+def _wrong_shapes(inside: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, str]:
+    """Say of each weight of another shape what it is."""
+    wrong = {}
+    for name, given in inside.items():
+        own = expected.get(name)
+        if not (isinstance(given, Tensor) and isinstance(own, Tensor)) or is_lazy(own):
+            continue
+        is_number = own.ndim == 0 and given.shape == (1,)  # torch before 0.4
+        if given.shape != own.shape and not is_number:
+            wrong[name] = f"{name} is {tuple(given.shape)}, in the network {tuple(own.shape)}"
+    return wrong
+
+
+def _require_shapes(wrong: Mapping[str, str], path: str) -> None:
     if wrong:
         raise CheckpointError(
-            f"{path} does not fit the network: {_names(wrong, '; ')}. Give the --model (and"
-            " --model-option) that it was trained as"
+            f"{path} does not fit the network: {_names(wrong.values(), '; ')}. Give the --model"
+            " (and --model-option) that it was trained as"
         )
 
 
-def _cast(inside: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    kinds = {
-        f"{_kind(inside[name])} read as {_kind(value)}"
-        for name, value in expected.items()
-        if inside[name].dtype != value.dtype
-    }
+def _require_one_of_tied(inside: Mapping[str, Any], weights: Mapping[str, Any], path: str) -> None:
+    """Refuse two tensors for what is one in the network: which of them counts, nobody can tell."""
+    first: dict[tuple[Any, ...], str] = {}
+    for name in weights:
+        memory = _memory(weights[name])
+        if memory is None or name not in inside:
+            continue
+        other = first.setdefault(memory, name)
+        if other != name and not torch.equal(inside[other], inside[name]):
+            raise CheckpointError(
+                f"{path} does not fit the network: {other} and {name} are one tensor in the"
+                " network, and two different ones in the file. Give a --model that does not tie"
+                " them"
+            )
+
+
+def _kinds(inside: Mapping[str, Any], expected: Mapping[str, Any], path: str) -> str:
+    """Say which kinds of numbers are read as others.
+
+    Raises:
+        CheckpointError: that would lose more than precision.
+    """
+    kinds = set()
+    for name, given in inside.items():
+        own = expected.get(name)
+        if not (isinstance(given, Tensor) and isinstance(own, Tensor)) or given.dtype == own.dtype:
+            continue
+        kinds.add(f"{_kind(given)} read as {_kind(own)}")
+        loses = (given.is_complex() and not own.is_complex()) or (
+            given.is_floating_point()
+            and not (own.is_floating_point() or own.is_complex())
+            and not torch.equal(given, given.trunc())
+        )
+        if loses:
+            raise CheckpointError(
+                f"{path} does not fit the network: {name} is {_kind(given)}, in the network"
+                f" {_kind(own)}. Give the --model that it was trained as"
+            )
     return ", ".join(sorted(kinds))
 
 
@@ -306,11 +334,11 @@ def _kind(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _names(names: Any, between: str = ", ") -> str:
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) and not is_lazy(value) else ""
+
+
+def _names(names: Iterable[str], between: str = ", ") -> str:
     found = list(names)
     more = f"{between}and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
     return between.join(found[:_LISTED]) + more
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or ["the file is empty, or cut short"])[0]

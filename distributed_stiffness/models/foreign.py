@@ -8,12 +8,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from distributed_stiffness.errors import ModelError
+from distributed_stiffness.paths import local
 
 HUGGING_FACE = "hf:"
 _KINDS = ("ForSequenceClassification", "ForImageClassification")
@@ -60,11 +60,11 @@ def _hugging_face(folder: str, /, **options: Any) -> nn.Module:
         raise ModelError(
             f"hf:{folder} needs the package transformers: pip install 'distributed_stiffness[hf]'"
         ) from error
-    path = Path(folder).expanduser()
+    path = local(folder, "the model folder", ModelError)
     if not (path / "config.json").is_file():
         raise ModelError(
-            f"there is no {path / 'config.json'} (looked for in {Path.cwd()}): expected hf:FOLDER"
-            " of a folder that save_pretrained wrote; give its absolute path"
+            f"there is no {path / 'config.json'}: expected hf:FOLDER of a folder that"
+            " save_pretrained wrote"
         )
     config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, **options)
     architecture = (config.architectures or ["none"])[0]

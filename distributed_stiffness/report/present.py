@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import xarray as xr
 from distributed_stiffness.analysis import distances_of, summary
 from distributed_stiffness.errors import DataError, StoreError
 from distributed_stiffness.figures import VIEWS, draw_all, save, views_in_words
+from distributed_stiffness.paths import Location, local, located, require_writable
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.report.findings import findings
 from distributed_stiffness.report.page import write_report
@@ -51,11 +53,11 @@ class Presented:
 
 
 def present(
-    store: str,
-    folder: str | Path,
+    store: Location,
+    folder: Location,
     progress: Progress | None = None,
     *,
-    data_directory: str | None = None,
+    data_directory: Location | None = None,
 ) -> list[str]:
     """Draw the figures of a store, write its report and return what it shows, in lines.
 
@@ -65,11 +67,11 @@ def present(
 
 
 def presented(
-    store: str,
-    folder: str | Path,
+    store: Location,
+    folder: Location,
     progress: Progress | None = None,
     *,
-    data_directory: str | None = None,
+    data_directory: Location | None = None,
 ) -> Presented:
     """Draw the figures of a store, write its report and return what it shows.
 
@@ -80,26 +82,28 @@ def presented(
         data_directory: where the pictures of examples are looked for; None: the default.
 
     Raises:
-        StoreError: there is no store there.
+        StoreError: there is no store there, or the folder cannot be written.
         DataError: it lacks what the figures need.
     """
-    ds = _open(store)
-    folder = Path(folder)
-    numbers = replace(summary(ds, progress=progress), data_directory=data_directory)
-    figures = draw_all(numbers, folder, progress)
-    page = write_report(numbers, figures, folder / "report.html", store=store)
-    return Presented(store, tuple(findings(numbers)), page, figures)
+    url, ds = located(store, "store", StoreError), _open(store)
+    where = local(folder, "the folder of the report", StoreError)
+    _require_writable(where)
+    numbers = replace(summary(ds, progress=progress), data_directory=_text(data_directory))
+    with _written(where):
+        figures = draw_all(numbers, where, progress)
+        page = write_report(numbers, figures, where / "report.html", store=url)
+    return Presented(url, tuple(findings(numbers)), page, figures)
 
 
 def plot(
-    store: str,
+    store: Location,
     view: str,
-    path: str | Path,
+    path: Location,
     *,
     at: Mapping[str, Sequence[float]] | None = None,
     distance: str = "distance",
-    against: str | None = None,
-    data_directory: str | None = None,
+    against: Location | None = None,
+    data_directory: Location | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Draw one view of a store.
@@ -118,10 +122,10 @@ def plot(
         `path`.
 
     Raises:
-        StoreError: there is no store there.
+        StoreError: there is no store there, or the figure cannot be written.
         DataError: there is no such view, format or checkpoint, or the store lacks its numbers.
     """
-    path = Path(path)
+    path = local(path, "the figure", StoreError)
     if view not in VIEWS:
         raise DataError("\n  ".join([f"there is no view {view!r}; there are:", *views_in_words()]))
     if path.suffix.lower() not in SUFFIXES:
@@ -131,6 +135,9 @@ def plot(
         )
     if VIEWS[view].needs == "paired" and against is None:
         raise DataError(f"{view} shows two studies: give the other one's store with --against")
+    _require_writable(path.parent)
+    if path.is_dir():
+        raise StoreError(f"cannot write the figure {path}: it is a folder; name a file with --out")
     numbers = summary(
         _at(_open(store), at or {}),
         distance=distance,
@@ -140,11 +147,12 @@ def plot(
     if not VIEWS[view].is_of(numbers):
         there = ", ".join(name for name, v in VIEWS.items() if v.is_of(numbers))
         raise DataError(f"{store} has no numbers for {view!r}; it has for {there}")
-    numbers = replace(numbers, data_directory=data_directory)
-    return save(VIEWS[view].draw(numbers), path)
+    numbers = replace(numbers, data_directory=_text(data_directory))
+    with _written(path):
+        return save(VIEWS[view].draw(numbers), path)
 
 
-def distances_in(store: str) -> dict[str, str]:
+def distances_in(store: Location) -> dict[str, str]:
     """Return what each distance of a store is, by the name of its variable.
 
     Raises:
@@ -154,14 +162,32 @@ def distances_in(store: str) -> dict[str, str]:
     return {name: str(ds[name].attrs.get("long_name", "")) for name in distances_of(ds)}
 
 
-def _open(store: str) -> xr.Dataset:
+def _open(store: Location) -> xr.Dataset:
+    url = located(store, "store", StoreError)
     try:
-        found: xr.Dataset = xr.open_zarr(store, chunks={})
+        found: xr.Dataset = xr.open_zarr(url, chunks={})
     except FileNotFoundError as error:
         raise StoreError(
-            f"there is no store at {store}: give the path or URL of one that a study wrote"
+            f"there is no store at {url}: give the path or URL of one that a study wrote"
         ) from error
     return found
+
+
+def _require_writable(folder: Path) -> None:
+    require_writable(folder, "figures", "give another place with --out", StoreError)
+
+
+@contextlib.contextmanager
+def _written(place: Path) -> Iterator[None]:
+    """Say what storage says where writing fails in spite of the look before: a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"cannot write {place}: {error}; give another with --out") from error
+
+
+def _text(directory: Location | None) -> str | None:
+    return None if directory is None else located(directory, "the data directory")
 
 
 def _in_words(dim: str, value: float) -> str:

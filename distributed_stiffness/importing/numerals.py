@@ -1,0 +1,127 @@
+"""Numbers as people write them, in names of files and in tables: read right, or refused.
+
+`lr=1.e-3`, `lr0,001`, `step_1,000`. A number that could be another one is never guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from distributed_stiffness.errors import CheckpointError
+
+_EXPONENT = r"(?:[eE][-+]?[0-9]+)?"
+# As a regular expression: a learning rate, and a whole number.
+REAL = rf"(?:0,[0-9]+|[0-9]+\.?[0-9]*|\.[0-9]+){_EXPONENT}"
+WHOLE = r"(?:[1-9][0-9]{0,2}(?:[,'_][0-9]{3})+|[0-9]+)"
+# Before and after a number, where it is whole and not the end of 1e-3 or the beginning of 1.5.
+NOT_WITHIN = (r"(?<![0-9][eE])(?<![0-9][eE][-+])", r"(?![.,']?[0-9])(?![eE][-+]?[0-9])")
+
+_NUMBER = re.compile(rf"\.?[0-9]+(?:[.,'][0-9]+)*(?:\.(?=[eE][-+]?[0-9]))?{_EXPONENT}")
+_REST = re.compile(r"[\w.,'+-]*")
+_GOES_ON = re.compile(r"[A-Za-z]|[.,'][0-9]")
+_GROUPS = re.compile(r"(?:[_ ][0-9]{2,3})*[_ ][0-9]{3}(?![A-Za-z0-9])")  # of 1_000_000
+_DATE = re.compile(r"(?:19|20)[0-9]{2}([-_.])[0-9]{2}\1[0-9]{2}(?![0-9])")
+_HASH = re.compile(r"(?=[0-9a-f]*[a-f])[0-9a-f]{6,}(?![A-Za-z0-9])")
+# In front of a word these make it the name of another quantity: warmup_steps=100, min_lr=0.
+_OTHER_QUANTITY = re.compile(
+    r"(?:warm_?up|max|min|num|n|no|total|final|end|decay|scheduler|lr|save|eval|log|logging|per"
+    r"|every|accum|accumulation|patience)[_-]?$",
+    re.IGNORECASE,
+)
+
+
+def real(text: str) -> float | None:
+    """Read a learning rate; None: it is none.
+
+    >>> real("1.e-3"), real("0,001"), real("1,000")
+    (0.001, 0.001, None)
+    """
+    return float(text.replace(",", ".")) if re.fullmatch(REAL, text) else None
+
+
+def whole(text: str) -> int | None:
+    """Read a whole number; None: it is none.
+
+    >>> whole("00468"), whole("1,000"), whole("1e5"), whole("5.0"), whole("1.000")
+    (468, 1000, 100000, 5, None)
+    """
+    if re.fullmatch(WHOLE, text):
+        return int(re.sub("[,'_]", "", text))
+    if match := re.fullmatch(r"([0-9]+)\.00?", text):
+        return int(match[1])
+    if match := re.fullmatch(r"([0-9]+)[eE]\+?([0-9]{1,2})", text):
+        return int(match[1] + int(match[2]) * "0")
+    return None
+
+
+def after(words: str, path: str, *, is_rate: bool, field: str) -> Iterator[str]:
+    """Yield the numbers that stand after one of some words in a path.
+
+    Args:
+        words: a regular expression, such as "steps?|iter".
+        path: of a checkpoint.
+        is_rate: whether they are learning rates, not whole numbers.
+        field: what they are, for the message.
+
+    Raises:
+        CheckpointError: one is not a number, or could be two; names it.
+    """
+    # What is glued to a word is another one (substep5), but a rate is not lost so (baselr0.1).
+    glued = "" if is_rate else "(?<![A-Za-z0-9])"
+    word = rf"{glued}(?:global[_-]?)?(?:{words})(?P<between>[^A-Za-z0-9/\\]*?)(?=\.?[0-9])"
+    for match in re.finditer(word, path, re.IGNORECASE):
+        before, between = path[: match.start()], match["between"]
+        number = _NUMBER.match(path, match.end())
+        assert number is not None  # the word's lookahead
+        text, rest = number[0], path[number.end() :]
+        if between == "" and not is_rate:
+            text = text.removeprefix(".")  # ckpt.500
+        from_here = path[number.end() - len(text) :]
+        is_glued = before[-1:].isalnum()
+        if _GOES_ON.match(rest) and (is_glued or (not is_rate and _HASH.match(from_here))):
+            continue  # a hash, or within a word
+        if not is_rate and _DATE.match(from_here):
+            continue
+        whole_token = text + _rest(rest)
+        if between.endswith("-") and set(between) & set("=:(["):
+            raise CheckpointError(_unclear(path, field, f"-{text}"))
+        if is_glued or _OTHER_QUANTITY.search(before):
+            raise CheckpointError(
+                f"{path} has {_word_before(before)}{path[match.start() : number.end()]}, which may"
+                f" be another quantity than the {field}: say where the {field} is with --pattern,"
+                f" or give a --table"
+            )
+        value = real(text) if is_rate else whole(text)
+        if (
+            value is None
+            or _GOES_ON.match(rest)
+            or (text.isdigit() and len(text) <= 3 and _GROUPS.match(rest))
+            or (is_rate and text.isdigit() and re.match(r"[-_ ][0-9]", rest))
+        ):
+            raise CheckpointError(_unclear(path, field, whole_token))
+        if is_rate and value == 0:
+            raise CheckpointError(
+                f"{path} says {whole_token} for the {field}, and 0 stands for 'not given': say"
+                " which it is with --pattern, or give a --table"
+            )
+        yield text
+
+
+def _rest(rest: str) -> str:
+    """What is written on without a gap, but for the suffix of a file."""
+    found = _REST.match(rest)
+    text = found[0] if found else ""
+    return re.sub(r"(?:\.[A-Za-z]\w*)+$", "", text).rstrip(".,'_+-")
+
+
+def _word_before(before: str) -> str:
+    found = re.search(r"[A-Za-z0-9]+[_-]?$", before)
+    return found[0] if found else ""
+
+
+def _unclear(path: str, field: str, text: str) -> str:
+    return (
+        f"{path} has {text!r} for the {field}, which is not read: it is no number as expected, or"
+        f" could be two. Say where the {field} is with --pattern, or give a --table"
+    )
