@@ -10,7 +10,7 @@ import re
 import pytest
 import reference
 import torch
-from field_truth import FEATURES, one_at_a_time_at_most, true_cosines, true_rows
+from field_truth import FEATURES, one_at_a_time_at_most, right_or_said, true_cosines, true_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +27,8 @@ from distributed_stiffness.errors import GradientError
 N = 48
 FUNCTIONS = [cosine_matrix, gram_matrix, layer_cosines, gradient_norms, class_cosine_matrix]
 functions = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+# Class means may be made in float64, and then are right.
+of_pairs = pytest.mark.parametrize("function", FUNCTIONS[:4], ids=lambda f: f.__name__)
 with_others = pytest.mark.parametrize(
     "function", [cosine_matrix, gram_matrix, layer_cosines], ids=lambda f: f.__name__
 )
@@ -95,7 +97,7 @@ class TestEveryFunctionHasABound:
             error = (torch.from_numpy(got.values).double() - true).abs().max()
             assert float(error) <= float(got.attrs["error_bound"])
 
-    @pytest.mark.parametrize("function", FUNCTIONS[:4], ids=lambda f: f.__name__)
+    @of_pairs
     def test_unchecked(self, function):
         """Without the long checks there is none: nothing was measured."""
         with one_at_a_time_at_most():
@@ -122,7 +124,7 @@ class TestALargeBoundIsAnError:
         float32 = reference.cosine(torch.stack(rows).double())
         assert float((float32 - true_cosines(net, x, y)).abs().max()) > 0.01
 
-    @functions
+    @of_pairs
     def test_raised(self, function):
         """What the bound says is more than a hundredth off is not returned."""
         net, examples = over_fitted()
@@ -133,7 +135,7 @@ class TestALargeBoundIsAnError:
         assert "allow_error" in said
         assert re.search(r"0\.01|1e-0?2|hundredth", said)
 
-    @functions
+    @of_pairs
     def test_what_to_try(self, function):
         """The message names a way out that is one: float64, or a loss of (outputs, targets)."""
         net, examples = over_fitted()
@@ -146,6 +148,27 @@ class TestALargeBoundIsAnError:
             got = function(net, "cross_entropy", examples)
         assert float(got.attrs["error_bound"]) < 0.01
 
+    @pytest.mark.parametrize("allowed", [False, True])
+    def test_class_means(self, allowed):
+        """Refused, unless allowed, or right: the bound holds either way."""
+        net, (x, y) = over_fitted()
+        keywords = {"allow_error": True} if allowed else {}
+        with one_at_a_time_at_most("WholeLoss", "bound"):
+            got, said = right_or_said(
+                lambda: class_cosine_matrix(net, WholeLoss(own_loss), (x, y), **keywords)
+            )
+        if got is None:
+            assert not allowed
+            assert "allow_error" in said
+            return
+        true = true_cosines(net, x, y)
+        bound = float(got.attrs["error_bound"])
+        assert allowed or bound < 0.01
+        for a in range(3):
+            for b in range(3):
+                pairs = (y[:, None] == a) & (y == b) & ~torch.eye(len(y), dtype=torch.bool)
+                assert abs(float(got[a, b]) - float(true[pairs].mean())) <= bound
+
     def test_in_float64(self):
         """The same loss in float64 is right."""
         net, (x, y) = over_fitted()
@@ -155,7 +178,7 @@ class TestALargeBoundIsAnError:
         error = (torch.from_numpy(got.values).double() - true_cosines(net, x, y)).abs().max()
         assert float(error) < 1e-5
 
-    @functions
+    @of_pairs
     def test_allowed(self, function):
         """Who allows it has the numbers, and the bound beside them."""
         net, examples = over_fitted()
@@ -174,7 +197,7 @@ class TestALargeBoundIsAnError:
             got = function(net, WholeLoss(own_loss), data(), others=sure, allow_error=True)
         assert float(got.attrs["error_bound"]) > 0.01
 
-    @pytest.mark.parametrize("function", FUNCTIONS[:4], ids=lambda f: f.__name__)
+    @of_pairs
     def test_which_example(self, function):
         """One of twenty is lost: the message has its number."""
         net, (x, y) = over_fitted()
