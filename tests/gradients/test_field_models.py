@@ -232,15 +232,15 @@ def twice(wide: nn.Module, one: Tensor, target: Tensor) -> Tensor:
 
 
 class Stem(nn.Module):
-    """A convolution with BatchNorm before tokens, as LeViT's stem is."""
+    """A convolution with BatchNorm before tokens and their norm, as stems of transformers have."""
 
     def __init__(self) -> None:
         super().__init__()
         self.c, self.n = nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4)
-        self.a, self.l = nn.Linear(4, 8), nn.Linear(8, CLASSES)
+        self.t, self.a, self.l = nn.LayerNorm(4), nn.Linear(4, 8), nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.n(self.c(x)).flatten(2).transpose(1, 2)
+        tokens = self.t(self.n(self.c(x)).flatten(2).transpose(1, 2))
         return self.l(self.a(tokens).tanh().mean(1))
 
 
