@@ -11,8 +11,10 @@ checkpoint exists exactly when its weights do.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import pickle
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,11 +48,12 @@ class TrainingRun:
 class Weights:
     """The weights of a checkpoint and what was measured when it was written."""
 
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Any]  # and what modules keep beside tensors (`get_extra_state`)
     metrics: Mapping[str, float]
     sha256: str
 
 
+_EXTRA_STATE = "_extra_state"  # under this name torch has what a module keeps beside tensors
 _PREFIX = {False: "iteration=", True: "continue="}  # by whether it is a rolling one
 
 
@@ -105,9 +108,9 @@ class Checkpoints:
         self._write(self._path(run, iteration, "model", rolling), weights, {"metrics": text})
 
     def put(
-        self, run: TrainingRun, iteration: int, weights: Mapping[str, Tensor], source: str
+        self, run: TrainingRun, iteration: int, weights: Mapping[str, Any], source: str
     ) -> None:
-        """Write weights that were trained elsewhere; `source` says from what, and is kept."""
+        """Write a state dict that was trained elsewhere; `source` says from what, and is kept."""
         header = {"metrics": "{}", "source": source}
         self._write(self._path(run, iteration, "model"), _copied(weights), header)
 
@@ -151,7 +154,8 @@ class Checkpoints:
             metrics = json.loads(metadata["metrics"])
         except (KeyError, ValueError) as error:
             raise StoreError(_damaged(path, "its header has no metrics")) from error
-        return Weights(tensors, metrics, metadata["sha256"])
+        weights = {name: _decoded(name, tensor) for name, tensor in tensors.items()}
+        return Weights(weights, metrics, metadata["sha256"])
 
     def restore(
         self,
@@ -197,10 +201,8 @@ class Checkpoints:
         return f"{self._folder(run)}/{_PREFIX[rolling]}{iteration:08d}.{part}.safetensors"
 
     def _write(self, path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        content = safetensors.torch.save(
-            dict(tensors),
-            {**metadata, "sha256": weights_hash(tensors), "identity": self.identity or ""},
-        )
+        header = {**metadata, "sha256": weights_hash(tensors), "identity": self.identity or ""}
+        content = safetensors.torch.save(dict(tensors), header)
         try:
             write_whole(self._fs, path, content)
         except OSError as error:
@@ -240,12 +242,44 @@ def _damaged(path: str, why: str) -> str:
     return f"{path} is damaged: {why}; delete it, and the same command makes it again"
 
 
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def state_hash(state: Mapping[str, Any]) -> str:
+    """Return the hash that a state dict has where it is kept."""
+    return weights_hash({name: _encoded(name, value) for name, value in state.items()})
+
+
+def _copied(weights: Mapping[str, Any]) -> dict[str, Tensor]:
     """Copy to memory of their own, in row-major order, as the format asks."""
     return {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
+        name: _encoded(name, value).detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in weights.items()
     }
+
+
+def _encoded(name: str, value: Any) -> Tensor:
+    """Return a tensor as it is; what a module keeps beside tensors, as bytes that are safe to read.
+
+    Raises:
+        StoreError: they would not be.
+    """
+    if isinstance(value, Tensor) and not name.endswith(_EXTRA_STATE):
+        return value
+    content = io.BytesIO()
+    torch.save(value, content)
+    encoded = torch.frombuffer(bytearray(content.getvalue()), dtype=torch.uint8)
+    try:
+        _decoded(name, encoded)
+    except pickle.UnpicklingError as error:
+        raise StoreError(
+            f"a module keeps a {type(value).__name__} as {name}: expected tensors, numbers, text,"
+            " and lists and dicts of these, which can be read without running code"
+        ) from error
+    return encoded
+
+
+def _decoded(name: str, tensor: Tensor) -> Any:
+    if not name.endswith(_EXTRA_STATE):
+        return tensor
+    return torch.load(io.BytesIO(tensor.numpy().tobytes()), weights_only=True)
 
 
 def write_whole(filesystem: Any, path: str, content: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,11 @@ def name_of(function: str | Callable[..., Any], what: str) -> str:
     """
     if isinstance(function, str):
         return function
+    if isinstance(function, os.PathLike):
+        raise StudyError(
+            f"{what} is the path {os.fspath(function)!r}: expected text that says what is there,"
+            " such as 'npz:FILE', 'images:FOLDER' or 'hf:FOLDER', or 'module:function'"
+        )
     module, qualified = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
     if module in (None, "__main__") or not qualified or "<" in qualified or "." in qualified:
         raise StudyError(

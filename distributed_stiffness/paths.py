@@ -49,9 +49,10 @@ def located(given: Location, what: str, error: type[StiffnessError] = StudyError
     try:
         is_home = path == "~" or path.startswith("~/")
         here = Path(path).expanduser() if is_home or not os.path.lexists(path) else Path(path)
-    except RuntimeError as cause:  # no such user, or one without a home
+    except RuntimeError as cause:
         raise error(
-            f"{what} is {text!r}: {cause}; for a folder that is called so write './{path}'"
+            f"{what} is {text!r}, and {path.partition('/')[0]} is the home of no user; for a folder"
+            f" that is called so write './{path}'"
         ) from cause
     return str(here.resolve() if here.name == ".." else here.absolute())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,6 +54,8 @@ def as_array(given: Any, what: str) -> np.ndarray:
         if len(shapes) > 1:
             raise DataError(_of_several_shapes(what, shapes))
         return np.stack(parts)
+    if not (isinstance(given, Sequence | np.generic) or hasattr(given, "__array__")):
+        raise DataError(f"{what} are a {type(given).__name__}: expected an array, tensor or list")
     try:
         array = np.asarray(given)
     except ValueError as error:  # lists in lists

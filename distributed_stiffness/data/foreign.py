@@ -43,11 +43,12 @@ def labelled(made: Any, name: str) -> LabelledData:
     """
     if isinstance(made, LabelledData):
         return replace(made, name=name, verified=False)
-    parts = made if isinstance(made, Mapping) else _named(made, name)
+    parts = dict(made) if isinstance(made, Mapping) else {"validation": made}
     if "validation" not in parts:
         raise DataError(
             f"{name} returned no 'validation' but {sorted(map(str, parts))}: {_EXPECTED}"
         )
+    parts = _named(parts.pop("validation"), name) | parts
     validation = _split(parts["validation"], f"{name}, validation split")
     train = None if parts.get("train") is None else _split(parts["train"], f"{name}, train split")
     names = parts.get("class_names")
@@ -69,7 +70,7 @@ def labelled(made: Any, name: str) -> LabelledData:
 
 
 def _named(made: Any, name: str) -> dict[str, Any]:
-    """Return what is no mapping as one; of three values the last may be the names of classes.
+    """Return a split, and the names of its classes if it has them: of three values the last.
 
     Raises:
         DataError: they may be those of the examples.
@@ -136,26 +137,59 @@ def _split(made: Any, where: str) -> Split:
 
 def _pair(made: Any) -> tuple[Any, Any]:
     """Return inputs and labels, each N first."""
-    if isinstance(made, tuple | list) and len(made) == 2:
-        if all(isinstance(part, tuple | list) and len(part) == 2 for part in made):
+    if isinstance(made, tuple | list) and len(made) <= (3 if isinstance(made, tuple) else 2):
+        if made and all(_is_split(part) for part in made):
             raise DataError(
-                "there are two pairs: return {'train': …, 'validation': …} if they are of training"
-                " and validation"
+                f"there are {len(made)} splits: return {{'train': …, 'validation': …}}, or the one"
+                " that is to be measured"
             )
-        return made[0], made[1]
+        if len(made) == 2:
+            return _inputs_alone(made[0], made[1]), made[1]
     if not (hasattr(made, "__getitem__") and hasattr(made, "__len__")) or isinstance(made, str):
         raise DataError(f"it is a {type(made).__name__}: {_EXPECTED}")
     pairs = [made[i] for i in range(len(made))]
+    if isinstance(made, tuple) and not all(isinstance(p, tuple | list) for p in made):
+        raise DataError(f"there are {len(made)} values: {_EXPECTED}")
     if not pairs or not all(isinstance(p, tuple | list) and len(p) == 2 for p in pairs):
         kind = type(pairs[0]).__name__ if pairs else "nothing"
         raise DataError(f"the items are no pairs (input, label) but {kind}: {_EXPECTED}")
-    inputs, labels = zip(*pairs, strict=True)
+    inputs, labels = (list(parts) for parts in zip(*pairs, strict=True))
     if not isinstance(inputs[0], Mapping):
-        return list(inputs), list(labels)
+        return _inputs_alone(inputs, labels), labels
     try:
-        return {name: [x[name] for x in inputs] for name in inputs[0]}, list(labels)
+        return {name: [x[name] for x in inputs] for name in inputs[0]}, labels
     except KeyError as error:
         raise DataError(f"the inputs cannot be stacked: one lacks {error}") from error
+
+
+def _is_split(made: Any) -> bool:
+    """Whether this is a data set, or a pair of as many inputs as labels."""
+    if isinstance(made, tuple | list):
+        return len(made) == 2 and all(map(_is_many, made))
+    is_array = hasattr(made, "__array__") or isinstance(made, Mapping | str)
+    return not is_array and hasattr(made, "__getitem__") and hasattr(made, "__len__")
+
+
+def _is_many(value: Any) -> bool:
+    return isinstance(value, list | tuple | Mapping) or getattr(value, "ndim", 0) > 0
+
+
+def _inputs_alone(inputs: Any, labels: Any) -> Any:
+    """Return inputs, if they are not several without names.
+
+    Raises:
+        DataError: NumPy would stack them into one.
+    """
+    first = inputs[0] if isinstance(inputs, tuple | list) and len(inputs) else None
+    is_plain = isinstance(first, list) and not any(hasattr(part, "__array__") for part in first)
+    of_each = isinstance(first, tuple | list) and any(map(_is_many, first)) and not is_plain
+    of_all = hasattr(first, "__array__") and _is_many(first) and len(inputs) != len(labels)
+    if of_each or of_all:
+        raise DataError(
+            "there are several inputs without names: give a mapping of them, by what the network's"
+            " forward calls them"
+        )
+    return inputs
 
 
 @dataclass(frozen=True)

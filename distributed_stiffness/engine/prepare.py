@@ -72,7 +72,7 @@ class Run:
     def __post_init__(self) -> None:
         for name in ("store", "checkpoints", "data_directory"):
             given = getattr(self, name)
-            if given is not None:
+            if given is not None or name == "store":
                 object.__setattr__(self, name, located(given, name.replace("_", " ")))
 
     @classmethod

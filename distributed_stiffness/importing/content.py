@@ -130,7 +130,10 @@ def _files(filesystem: Any, root: str, path: str) -> Iterator[str]:
         if not there.endswith(".json"):
             yield f"{root}/{there}"
             return
-        shards = json.loads(filesystem.cat_file(f"{root}/{there}"))["weight_map"].values()
+        index = filesystem.cat_file(f"{root}/{there}")
+        if not index.lstrip().startswith(b"{"):
+            _refuse_what_is_none(index, f"{root}/{there}")
+        shards = json.loads(index)["weight_map"].values()
         for shard in dict.fromkeys(shards):
             if (
                 not isinstance(shard, str)
@@ -139,7 +142,7 @@ def _files(filesystem: Any, root: str, path: str) -> Iterator[str]:
             ):
                 raise CheckpointError(f"{path}/{there} names {shard!r}, which is not in the folder")
             yield f"{root}/{shard}"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"cannot read the checkpoint {path}: {error}") from error
@@ -193,7 +196,7 @@ def _refuse_what_is_none(head: bytes, path: str) -> None:
     """Say what a file is that is no checkpoint, as far as its first bytes tell."""
     what = next((said for magic, said in _OTHERS.items() if head.startswith(magic)), None)
     text = head.lstrip().lower()
-    if not head.strip():
+    if not head.strip(b"\0 \t\r\n"):
         what = "it is empty: copy or save it again"
     elif text.startswith((b"<!doctype html", b"<html", b"<head")):
         what = "it is a web page (HTML), as a download gives that needs a login or another link"
@@ -236,7 +239,7 @@ def _refuse_other_archives(file: Any, path: str) -> None:
         )
     if "data.pkl" not in names:
         raise CheckpointError(
-            f"{path} is a zip archive that torch.save has not written, of {_names(names)}: expected"
+            f"{path} is a zip archive that torch.save has not written, of {listed(names)}: expected"
             f" a state dict, as from {_SAVE}"
         )
 
@@ -270,7 +273,7 @@ def _state_dict(loaded: Any, path: str, key: str | None) -> Read:
         keys, *others = _best(found, _is_weight)
         if others:
             raise CheckpointError(
-                f"{path} holds weights under {_names(map('.'.join, (keys, *others)))}: say which"
+                f"{path} holds weights under {listed(map('.'.join, (keys, *others)))}: say which"
                 f" with --key {'.'.join(keys)}"
             )
     else:
@@ -315,7 +318,7 @@ def _is_weight(value: Any) -> bool:
 def _named(found: Mapping[Keys, Mapping[Any, Any]], path: str, key: str) -> Keys:
     by_name = {".".join(keys): keys for keys in found}
     if key not in by_name:
-        where = _names(name or "(no key: at the top)" for name in by_name)
+        where = listed(name or "(no key: at the top)" for name in by_name)
         raise CheckpointError(
             f"{path} has no weights under the key {key!r}: it has some under {where}. For names of"
             f" weights that begin with {key!r}, give --prefix {key}."
@@ -328,14 +331,14 @@ def _nothing_in(loaded: Mapping[Any, Any], path: str) -> str:
     if numbered:
         return _numbered(numbered, path)
     return (
-        f"{path} holds no state dict, only {_names(map(str, loaded)) or 'an empty mapping'}:"
+        f"{path} holds no state dict, only {listed(map(str, loaded)) or 'an empty mapping'}:"
         f" expected one at the top or under a key, as from {_SAVE}"
     )
 
 
 def _numbered(names: list[Any], path: str) -> str:
     return (
-        f"{path} holds tensors by {_names(map(repr, names))}: expected the names of weights, such"
+        f"{path} holds tensors by {listed(map(repr, names))}: expected the names of weights, such"
         f" as '0.weight', as from {_SAVE}"
     )
 
@@ -352,7 +355,7 @@ def _not_unpickled(path: str, error: BaseException, seen: Any) -> str:
     lines = [f"{loads}{_indexed(keys)}.state_dict()" for keys in networks(seen)]
     lines += [f"{loads}{_indexed(keys)}" for keys in _best(within, is_tensor)] if within else []
     line = f"torch.save({lines[0] if lines else loads + '[KEY]'}, 'weights.pt')"
-    others = f" (or {_names(lines[1:])})" if len(lines) > 1 else ""
+    others = f" (or {listed(lines[1:])})" if len(lines) > 1 else ""
     unknown = "" if lines else ", where KEY is that of its state dict"
     return (
         f"{path} holds more than tensors ({named[1]}), so that reading it could run code: it is not"
@@ -365,7 +368,8 @@ def _indexed(keys: Keys) -> str:
     return "".join(f"[{key!r}]" for key in keys)
 
 
-def _names(names: Iterable[str], between: str = ", ") -> str:
+def listed(names: Iterable[str], between: str = ", ") -> str:
+    """Return the first few names, and how many more there are."""
     found = list(names)
     more = f"{between}and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
     return between.join(found[:_LISTED]) + more

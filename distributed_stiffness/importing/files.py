@@ -6,7 +6,6 @@ import glob
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 
 import fsspec
 
@@ -26,14 +25,17 @@ def find(checkpoints: Paths) -> list[str]:
     """
     found: dict[str, None] = {}
     for pattern in _listed(checkpoints):
-        matches = _matches(pattern)
+        where = located(pattern, "a checkpoint", CheckpointError)
+        matches = _matches(pattern, where)
         if not matches:
             raise CheckpointError(
-                f"no file matches {os.fsdecode(pattern)!r} (looked for in {Path.cwd()}): expected"
-                " paths of checkpoints, where * stands for anything within a name and ** for any"
-                " folders; put them in quotes, so that the shell leaves the * alone"
+                f"no file matches {os.fsdecode(pattern)!r} (looked for as {where}): expected paths"
+                " of checkpoints, where * stands for anything within a name and ** for any folders;"
+                " put them in quotes, so that the shell leaves the * alone"
             )
         found |= dict.fromkeys(matches)
+    if not found:
+        raise CheckpointError("the list of checkpoints is empty: expected a path or a pattern")
     return list(found)
 
 
@@ -50,8 +52,7 @@ def _listed(checkpoints: Paths) -> Iterator[Location]:
         )
 
 
-def _matches(given: Location) -> list[str]:
-    where = located(given, "a checkpoint", CheckpointError)
+def _matches(given: Location, where: str) -> list[str]:
     if not is_url(where):
         return _read(as_written(given, where), os.path.lexists, _glob)
     try:

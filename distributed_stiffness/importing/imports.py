@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distributed_stiffness.checkpoints import Checkpoints, TrainingRun, weights_hash
+from distributed_stiffness.checkpoints import Checkpoints, TrainingRun, state_hash
 from distributed_stiffness.data.foreign import READERS
 from distributed_stiffness.engine import Run, run_study
 from distributed_stiffness.engine.prepare import Prepared
@@ -71,7 +71,7 @@ class Imports:
                     progress.say(f"{path}: {how}")
                 if there is None:
                     folder.put(run, place.iteration, weights, source)
-                elif weights_hash(weights) != folder.load_weights(run, place.iteration).sha256:
+                elif state_hash(weights) != folder.load_weights(run, place.iteration).sha256:
                     raise CheckpointError(
                         f"{path} ({place}) has other weights than when it was imported to"
                         f" {folder.path(run, place.iteration)}: give another --store, or the file"

@@ -18,7 +18,7 @@ WHOLE = r"(?:[1-9][0-9]{0,2}(?:[,'_][0-9]{3})+|[0-9]+)"
 NOT_WITHIN = (r"(?<![0-9][eE])(?<![0-9][eE][-+])", r"(?![.,']?[0-9])(?![eE][-+]?[0-9])")
 
 _NUMBER = re.compile(rf"\.?[0-9]+(?:[.,'][0-9]+)*(?:\.(?=[eE][-+]?[0-9]))?{_EXPONENT}")
-_REST = re.compile(r"[\w.,'+-]*")
+_REST = re.compile(r"[A-Za-z0-9.,'+]*(?:[_ -][0-9]+)*")
 _GOES_ON = re.compile(r"[A-Za-z]|[.,'][0-9]")
 _GROUPS = re.compile(r"(?:[_ ][0-9]{2,3})*[_ ][0-9]{3}(?![A-Za-z0-9])")  # of 1_000_000
 _DATE = re.compile(r"(?:19|20)[0-9]{2}([-_.])[0-9]{2}\1[0-9]{2}(?![0-9])")
@@ -84,8 +84,9 @@ def after(words: str, path: str, *, is_rate: bool, field: str) -> Iterator[str]:
         if not is_rate and _DATE.match(from_here):
             continue
         whole_token = text + _rest(rest)
+        expected = "a number such as 0.001" if is_rate else "a whole number"
         if between.endswith("-") and set(between) & set("=:(["):
-            raise CheckpointError(_unclear(path, field, f"-{text}"))
+            raise CheckpointError(_unclear(path, field, f"'-{text}'", f"expected {expected}"))
         if is_glued or _OTHER_QUANTITY.search(before):
             raise CheckpointError(
                 f"{path} has {_word_before(before)}{path[match.start() : number.end()]}, which may"
@@ -93,13 +94,13 @@ def after(words: str, path: str, *, is_rate: bool, field: str) -> Iterator[str]:
                 f" or give a --table"
             )
         value = real(text) if is_rate else whole(text)
-        if (
-            value is None
-            or _GOES_ON.match(rest)
-            or (text.isdigit() and len(text) <= 3 and _GROUPS.match(rest))
-            or (is_rate and text.isdigit() and re.match(r"[-_ ][0-9]", rest))
-        ):
-            raise CheckpointError(_unclear(path, field, whole_token))
+        groups = _GROUPS.match(rest) if text.isdigit() and len(text) <= 3 else None
+        if groups and not is_rate:
+            both = f"may be {text} or {text}{re.sub('[_ ]', '', groups[0])}"
+            raise CheckpointError(_unclear(path, field, f"'{text}{groups[0]}'", both))
+        goes_on = r"[A-Za-z]|[.,'][0-9]" + (r"|[-_ ][0-9]" if is_rate and text.isdigit() else "")
+        if value is None or re.match(goes_on, rest):
+            raise CheckpointError(_unclear(path, field, f"'{whole_token}'", f"expected {expected}"))
         if is_rate and value == 0:
             raise CheckpointError(
                 f"{path} says {whole_token} for the {field}, and 0 stands for 'not given': say"
@@ -120,8 +121,8 @@ def _word_before(before: str) -> str:
     return found[0] if found else ""
 
 
-def _unclear(path: str, field: str, text: str) -> str:
+def _unclear(path: str, field: str, text: str, why: str) -> str:
     return (
-        f"{path} has {text!r} for the {field}, which is not read: it is no number as expected, or"
-        f" could be two. Say where the {field} is with --pattern, or give a --table"
+        f"{path} has {text} for the {field}: {why}. Say where the {field} is with --pattern, or"
+        " give a --table"
     )

@@ -120,5 +120,6 @@ class _Outlines(pickle.Unpickler):
             return OrderedDict
         return type(name, (_Standin,), {"origin": name})
 
-    def persistent_load(self, _pid: Any) -> Any:
-        return _Standin()
+    def persistent_load(self, pid: Any) -> Any:
+        # torch's older format keeps a module's class so, and storages as ever.
+        return pid[1] if isinstance(pid, tuple) and pid[:1] == ("module",) else _Standin()

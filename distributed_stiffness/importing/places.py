@@ -170,15 +170,19 @@ def _read_by_pattern(paths: Sequence[str], pattern: str) -> list[tuple[str, Plac
 
 def _expression(pattern: str) -> tuple[re.Pattern[str], list[str]]:
     """Translate 'lr{learning_rate}/*/step-{iteration}'."""
-    parts, fields = [], []
+    if "}{" in pattern:
+        raise CheckpointError(f"--pattern {pattern!r} has two numbers with nothing between them")
+    parts, fields, after_star = [], [], False
     for literal, field in re.findall(r"([^{}]+)|\{([^{}]*)\}", pattern):
         if literal:
             parts.append(re.escape(literal).replace(r"\*", "[^/]*"))
+            after_star = literal.endswith("*")
         elif field in _FIELD_OF:
             fields.append(_FIELD_OF[field])
             number = REAL if fields[-1] == "learning_rate" else WHOLE
-            # A * beside it takes no part of the number.
-            parts.append(f"{NOT_WITHIN[0]}({number}){NOT_WITHIN[1]}")
+            # A * before it takes no part of the number.
+            begins = NOT_WITHIN[0] + (r"(?<![0-9.,])" if after_star else "")
+            parts.append(f"{begins}({number}){NOT_WITHIN[1]}")
         else:
             raise CheckpointError(
                 f"--pattern {pattern!r} has {{{field}}}: expected {{learning_rate}}, {{seed}} and"

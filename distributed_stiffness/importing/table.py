@@ -94,6 +94,7 @@ def _there(path: Any, folder: str, at: str) -> str:
 def _rows(table: Any) -> list[Row]:
     """Return the rows of a table in memory."""
     if isinstance(table, DataFrame):
+        _require_columns([*table.columns, *table.index.names], "the table")
         if any(name is not None for name in getattr(table.index, "names", [])):
             table = table.reset_index()
         table = table.to_dict("records")
@@ -113,6 +114,18 @@ def _rows(table: Any) -> list[Row]:
                 " path, learning_rate, seed and iteration"
             )
     return rows
+
+
+def _require_columns(names: Sequence[Any], where: str) -> None:
+    """Refuse a table that names no paths, or one column twice."""
+    plain = [_plain(name) for name in names if name not in (None, "")]
+    if "path" not in plain:
+        raise CheckpointError(
+            f"{where} has no column path, but {', '.join(map(str, names)) or 'none'}: {_EXPECTED}"
+        )
+    twice = [name for name in plain if plain.count(name) > 1]
+    if twice:
+        raise CheckpointError(f"{where} has the column {twice[0]} twice: expected it once")
 
 
 def _of_columns(table: Mapping[str, Any]) -> list[Row]:
@@ -165,6 +178,7 @@ def _read(file: str, where: str) -> list[Row]:
     if not cells:
         return []
     header = [name.strip() for name in cells[0]]
+    _require_columns(header, where)
     for number, row in enumerate(cells[1:], 1):
         if any(cell.strip() for cell in row[len(header) :]):
             raise CheckpointError(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from distributed_stiffness.errors import CheckpointError
-from distributed_stiffness.importing.content import Read
+from distributed_stiffness.importing.content import Read, listed
 
 # What torch.compile, data parallelism, FSDP, activation checkpointing, Lightning and Opacus call
 # the network within: its names have these between them, wherever a part is wrapped.
@@ -29,7 +29,6 @@ _WRAPPERS = (
     "_forward_module",
     "_original_module",
 )
-_LISTED = 4  # names that are listed
 
 
 def fitted(
@@ -63,7 +62,7 @@ def fitted(
     weights = network.state_dict()
     tied = _tied(missing, inside, weights)
     missing = [name for name in missing if name not in {*tied, *wrong}]
-    _require_names(missing, surplus, inside, names.expected, path, prefix)
+    _requirelisted(missing, surplus, inside, names.expected, path, prefix)
     _require_shapes(wrong, path)
     _require_one_of_tied(inside, weights, path)
     outside = len(read.weights) - len(inside)
@@ -73,9 +72,9 @@ def fitted(
         f"prefix {prefix!r} taken off" if prefix else "",
         _taken_off(theirs, prefix),
         f"{outside} tensors of other names left out" if outside else "",
-        f"tied: {_names(tied)}" if tied else "",
-        f"made by the network's own loading: {_names(made)}" if made else "",
-        f"not stored by the network: {_names(own)}" if own else "",
+        f"tied: {listed(tied)}" if tied else "",
+        f"made by the network's own loading: {listed(made)}" if made else "",
+        f"not stored by the network: {listed(own)}" if own else "",
         kinds,
     ]
     return dict(weights), "; ".join(note for note in notes if note)
@@ -93,7 +92,7 @@ class _Names:
         without = {_without(name, _WRAPPERS) for name in self.expected}
         self.wrappers = _WRAPPERS if len(without) == len(self.expected) else ()
         # The innermost, of a module and what it is wrapped in.
-        self._modules = {
+        self.modules = {
             self.bare(name): name for name, _ in network.named_modules(remove_duplicate=False)
         }
         self.bare_expected = {self.bare(name) for name in self.expected}
@@ -108,10 +107,10 @@ class _Names:
             return name
         parts = self.bare(name).split(".")
         for k in range(len(parts) - 1, 0, -1):
-            module = self._modules.get(".".join(parts[:k]))
+            module = self.modules.get(".".join(parts[:k]))
             if module is not None:
                 return ".".join([module, *parts[k:]])
-        return ".".join(part for part in [self._modules[""], *parts] if part)
+        return ".".join(part for part in [self.modules[""], *parts] if part)
 
 
 def _without(name: str, wrappers: Collection[str]) -> str:
@@ -122,15 +121,10 @@ def _prefix(given: Mapping[str, Any], names: _Names, path: str) -> str:
     """Find what stands before the network's names: "", "module.", "model.", "net.", …"""
     if names.expected.keys() <= given.keys():
         return ""
-    befores: defaultdict[str, list[list[str]]] = defaultdict(list)  # by what they are bare
-    for name in given:
-        parts, seen = name.split("."), set()
-        for k in range(len(parts) - 1, -1, -1):
-            before = names.bare(".".join(parts[:k]))
-            fits = names.bare(".".join(parts[k:])) in names.bare_expected
-            if fits and before not in seen:
-                seen.add(before)
-                befores[before].append(parts[:k])
+    # Where no name fits, since modules rename what they load, those of the modules do.
+    befores = _befores(given, names, names.bare_expected) or _befores(
+        [name.rpartition(".")[0] for name in given], names, names.modules.keys() - {""}
+    )
     if not befores:
         return ""
     most = max(map(len, befores.values()))
@@ -141,6 +135,21 @@ def _prefix(given: Mapping[str, Any], names: _Names, path: str) -> str:
             f" {' and '.join(map(repr, best))}: say which with --prefix {best[-1]}"
         )
     return best[0]
+
+
+def _befores(
+    given: Iterable[str], names: _Names, known: Collection[str]
+) -> dict[str, list[list[str]]]:
+    """Return what stands before known names, in parts, by what of it is no wrapper's."""
+    befores: defaultdict[str, list[list[str]]] = defaultdict(list)
+    for name in given:
+        parts, seen = name.split("."), set()
+        for k in range(len(parts) - 1, -1, -1):
+            before = names.bare(".".join(parts[:k]))
+            if before not in seen and names.bare(".".join(parts[k:])) in known:
+                seen.add(before)
+                befores[before].append(parts[:k])
+    return befores
 
 
 def _common(befores: Iterable[list[str]]) -> str:
@@ -241,7 +250,7 @@ def _memory(value: Any) -> tuple[Any, ...] | None:
 # What is refused
 
 
-def _require_names(
+def _requirelisted(
     missing: Iterable[str],
     surplus: Iterable[str],
     inside: Mapping[str, Any],
@@ -254,10 +263,10 @@ def _require_names(
     if not (lacks or more):
         return
     parts = [
-        f"it lacks {len(lacks)} of {len(expected)} that the network has: {_names(lacks)}"
+        f"it lacks {len(lacks)} of {len(expected)} that the network has: {listed(lacks)}"
         if lacks
         else "",
-        f"it has {len(more)} that the network has not: {_names(more)}" if more else "",
+        f"it has {len(more)} that the network has not: {listed(more)}" if more else "",
     ]
     raise CheckpointError(
         f"{path} does not fit the network"
@@ -284,7 +293,7 @@ def _wrong_shapes(inside: Mapping[str, Any], expected: Mapping[str, Any]) -> dic
 def _require_shapes(wrong: Mapping[str, str], path: str) -> None:
     if wrong:
         raise CheckpointError(
-            f"{path} does not fit the network: {_names(wrong.values(), '; ')}. Give the --model"
+            f"{path} does not fit the network: {listed(wrong.values(), '; ')}. Give the --model"
             " (and --model-option) that it was trained as"
         )
 
@@ -336,9 +345,3 @@ def _kind(tensor: Tensor) -> str:
 
 def _shape(value: Any) -> str:
     return str(tuple(value.shape)) if isinstance(value, Tensor) and not is_lazy(value) else ""
-
-
-def _names(names: Iterable[str], between: str = ", ") -> str:
-    found = list(names)
-    more = f"{between}and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-    return between.join(found[:_LISTED]) + more

@@ -23,6 +23,7 @@ from distributed_stiffness.engine.sums import bin_edges
 from distributed_stiffness.factories import import_loss
 from distributed_stiffness.gradients.batches import Nest, call, from_numpy, prepare, take
 from distributed_stiffness.gradients.loss_head import logits_of
+from distributed_stiffness.gradients.network import Network
 from distributed_stiffness.gradients.per_example import parameters_in_play
 from distributed_stiffness.gradients.reference import Reference
 from distributed_stiffness.store import coordinate_values
@@ -90,8 +91,9 @@ class Source:
         """
         model = build_model(self.study, self.data, seed)
         model.load_state_dict(dict(weights.tensors))
-        names = list(parameters_in_play(model, self.study.gradients.parameters))
-        return Reference(model.eval(), import_loss(self.study.loss), names)
+        network = Network(model.eval(), torch.float64)  # looks through what parts are wrapped in
+        names = list(parameters_in_play(network.module, self.study.gradients.parameters))
+        return Reference(network, import_loss(self.study.loss), names)
 
     def numbers(
         self, reference: Reference, examples: np.ndarray, advance: Callable[[], None]
