@@ -9,11 +9,12 @@ import xarray as xr
 from distributed_stiffness.analysis import Summary, summary
 from distributed_stiffness.figures.style import save
 from distributed_stiffness.figures.views import VIEWS
+from distributed_stiffness.paths import Location, local
 from distributed_stiffness.progress import Progress
 
 
 def draw_all(
-    ds: xr.Dataset | Summary, folder: Path, progress: Progress | None = None
+    ds: xr.Dataset | Summary, folder: Location, progress: Progress | None = None
 ) -> dict[str, Path]:
     """Draw every figure that a study has the numbers for, as PNG files.
 
@@ -30,9 +31,9 @@ def draw_all(
     numbers = ds if isinstance(ds, Summary) else summary(ds, progress=progress)
     figures = [view for view in VIEWS.values() if view.in_report and view.is_of(numbers)]
     phase = progress.phase("figures", len(figures), "figures") if progress else None
-    paths = {}
+    where, paths = local(folder, "the folder of figures"), {}
     for view in figures:
-        paths[view.name] = save(view.draw(numbers), Path(folder) / f"{view.name}.png")
+        paths[view.name] = save(view.draw(numbers), where / f"{view.name}.png")
         if phase:
             phase.advance()
     if phase:

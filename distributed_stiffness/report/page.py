@@ -17,12 +17,14 @@ import numpy as np
 import xarray as xr
 
 from distributed_stiffness.analysis import Summary, summary
-from distributed_stiffness.figures import VIEWS
-from distributed_stiffness.figures.checkpoints import with_run_dims
-from distributed_stiffness.report.evidence import evidence
+from distributed_stiffness.attributes import decoded
+from distributed_stiffness.figures import VIEWS, View
+from distributed_stiffness.figures.checkpoints import Names, with_run_dims
+from distributed_stiffness.report.evidence import evidence, uncertain
 from distributed_stiffness.report.findings import errors_note, findings
 from distributed_stiffness.report.matrices import heat_maps
 from distributed_stiffness.report.tables import tables
+from distributed_stiffness.report.words import joined
 from distributed_stiffness.study import rate_in_words
 
 _HERE = Path(__file__).parent
@@ -57,28 +59,32 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    errors = errors_note(with_run_dims(numbers.within_between).sizes["seed"])
+    errors, warnings, attrs = errors_note(numbers), uncertain(numbers), decoded(numbers.attrs)
+    sizes = with_run_dims(numbers.within_between).sizes
     page = environment.get_template("page.html").render(
         title=numbers.attrs.get("title", "Stiffness study"),
         style=_Inline.of("page.css"),
         script=_Inline.of(*SCRIPTS),
         facts=_facts(numbers),
-        findings=[line for line in findings(numbers) if line != errors],
+        warnings=warnings,
+        findings=[line for line in findings(numbers) if line not in (errors, *warnings)],
         evidence=evidence(numbers),
         matrices=heat_maps(numbers),
         tables=tables(numbers),
         errors=errors,
-        sections=list(_sections(figures)),
+        several_rates=sizes["learning_rate"] > 1,
+        several_checkpoints=sizes["learning_rate"] * sizes["seed"] * sizes["iteration"] > 1,
+        sections=list(_sections(figures, numbers)),
         store=store or "STORE",
         keeps_pairs=numbers.attrs.get("keep", "pairs") == "pairs",
-        versions=_mapping(numbers.attrs.get("versions")),
-        revision=numbers.attrs.get("git_revision"),
-        study=_pretty(numbers.attrs.get("study")),
-        fingerprint=_pretty(numbers.attrs.get("fingerprint")),
+        versions=_mapping(attrs.get("versions")),
+        revision=attrs.get("git_revision"),
+        study=_pretty(_as_given(attrs.get("study"))),
+        fingerprint=_pretty(attrs.get("fingerprint")),
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
 
 
@@ -102,24 +108,27 @@ class _Inline:
 def _facts(numbers: Summary) -> dict[str, str]:
     """What was run, from attributes and sizes."""
     attrs, matrix = numbers.attrs, with_run_dims(numbers.class_matrix)
-    source = attrs.get("dataset_source")
-    n = numbers.sizes["example"]
+    dataset, source = str(attrs.get("dataset", "–")), str(attrs.get("dataset_source", ""))
+    n, names = numbers.sizes["example"], Names.of(numbers.curves)
+    n_checkpoints = _n_checkpoints(matrix)
     rates = ", ".join(rate_in_words(rate) for rate in matrix["learning_rate"].values)
     seeds = ", ".join(map(str, matrix["seed"].values))
     steps = ", ".join(f"{step:,}" for step in matrix["iteration"].values)
-    return {
-        "Data set": f"{attrs.get('dataset', '–')}" + (f", {source}" if source else ""),
+    facts = {
+        "Data set": dataset if dataset in source else joined(dataset, source),
         "Preprocessing": str(attrs.get("preprocessing", "–")),
         "Model": str(attrs.get("model", "–")),
         "Examples": f"{n:,} of {matrix.sizes['class_name']} classes; pairs shown:"
         f" {str(matrix.attrs.get('splits', 'all')).replace('-', ' with ')}",
-        "Pairs": f"{n * numbers.sizes['other']:,} at each of {_n_checkpoints(matrix)} checkpoints",
-        "Learning rates": rates,
-        "Seeds": seeds,
-        "Iterations": f"{steps} optimiser steps",
+        "Pairs": f"{n * numbers.sizes['other']:,}"
+        + (f" at each of {n_checkpoints} checkpoints" if n_checkpoints > 1 else ""),
+        "Learning rates": rates if names.rate else "",
+        "Seeds": seeds if names.seed else "",
+        "Iterations": f"{steps} {names.steps}" if names.step else "",
         "Begun": _time(attrs.get("created"), "–"),
         "Finished": _time(attrs.get("finished"), "not yet"),
     }
+    return {name: text for name, text in facts.items() if text}
 
 
 def _time(value: Any, missing: str) -> str:
@@ -136,18 +145,36 @@ def _n_checkpoints(matrix: xr.Dataset) -> int:
     return int(np.prod([matrix.sizes[dim] for dim in ("learning_rate", "seed", "iteration")]))
 
 
-def _sections(figures: Mapping[str, Path]) -> Iterator[tuple[str, list[dict[str, str]]]]:
+def _sections(
+    figures: Mapping[str, Path], numbers: Summary
+) -> Iterator[tuple[str, list[dict[str, str]]]]:
     """Group figures by the section of their view, in the order of the first views of each."""
-    order = list(dict.fromkeys(view.section for view in VIEWS.values()))
-    by_section = sorted(figures, key=lambda name: order.index(VIEWS[name].section))
-    for section, names in groupby(by_section, key=lambda name: VIEWS[name].section):
-        yield section, [_figure(name, figures[name]) for name in names]
+    views = [view.of(numbers) for view in VIEWS.values()]
+    order = list(dict.fromkeys(view.section for view in views))
+    drawn = [view for view in views if view.name in figures]
+    by_section = sorted(drawn, key=lambda view: order.index(view.section))
+    for section, some in groupby(by_section, key=lambda view: view.section):
+        yield section, [_figure(view, figures[view.name]) for view in some]
 
 
-def _figure(name: str, file: Path) -> dict[str, str]:
-    view = VIEWS[name]
+def _figure(view: View, file: Path) -> dict[str, str]:
     data = base64.b64encode(Path(file).read_bytes()).decode("ascii")
-    return {"name": name, "title": view.title, "caption": view.caption, "data": data}
+    return {"name": view.name, "title": view.title, "caption": view.caption, "data": data}
+
+
+def _as_given(study: Any) -> Any:
+    """Leave out how a study would train, where nobody here trains."""
+    try:
+        fields = json.loads(study)
+        training = fields["training"]
+        if not training["imported"]:
+            return study
+    except (KeyError, TypeError, ValueError):  # a store of others
+        return study
+    of_checkpoints = ("imported", "learning_rates", "seeds", "iterations")
+    return json.dumps(
+        fields | {"training": {k: training[k] for k in of_checkpoints if k in training}}
+    )
 
 
 def _mapping(value: Any) -> dict[str, str]:
