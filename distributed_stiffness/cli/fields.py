@@ -72,6 +72,7 @@ OF_RUN: Mapping[str, Field] = {
     "memory": Field("memory", n_bytes),
     "rows": Field("rows", rows_range),
     "wait_for_nodes": Field("wait_for_nodes"),
+    "allow_error": Field("allow_error"),
 }
 
 

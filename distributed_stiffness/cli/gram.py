@@ -10,6 +10,7 @@ from distributed_stiffness.cli.fields import run_fields, study_fields
 from distributed_stiffness.cli.options import (
     AcceptUnverified,
     Address,
+    AllowError,
     AsJson,
     DataDir,
     DataOptions,
@@ -67,7 +68,7 @@ def gram(
     checkpoints: Annotated[
         list[str] | None,
         typer.Option(
-            help="Paths or URLs, with * and ** (in quotes): .safetensors, .pt, .pth, .ckpt, or"
+            help="Paths or URLs, with * and ** (in quotes): files of safetensors or torch, or"
             " folders of Hugging Face; repeatable. Default: the folder of an hf: model."
         ),
     ] = None,
@@ -81,7 +82,8 @@ def gram(
     table: Annotated[
         str | None,
         typer.Option(
-            help="In place of --checkpoints: a CSV file of path, learning_rate, seed, iteration."
+            help="In place of --checkpoints: a CSV file of path, learning_rate, seed, iteration;"
+            " as a spreadsheet writes it too."
         ),
     ] = None,
     store: Store = "results/gram.zarr",
@@ -97,6 +99,13 @@ def gram(
     prefix: Annotated[
         str | None,
         typer.Option(help="Of the names in the checkpoints, such as 'model.'; default: found."),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            help="Under which a checkpoint keeps its state dict, such as ema or state.model;"
+            " default: found."
+        ),
     ] = None,
     model_option: ModelOptions = None,
     data_option: DataOptions = None,
@@ -118,6 +127,7 @@ def gram(
     threads: Threads = None,
     memory: Memory = None,
     wait_for_nodes: WaitForNodes = None,
+    allow_error: AllowError = False,
     engine: Engine = "ray",
     rows: Rows = None,
     plan_only: PlanOnly = False,
@@ -143,6 +153,7 @@ def gram(
         table=table,
         iterations=said["training"]["iterations"],
         prefix=prefix,
+        key=key,
         loss=loss,
         examples=said["data"]["validation_examples"],
         train_examples=train_examples,

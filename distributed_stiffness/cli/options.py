@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
@@ -26,13 +25,13 @@ def choice(names: tuple[str, ...], meaning: str) -> Any:
 
 
 # What is read and written.
-StudyFile = Annotated[Path, typer.Argument(help="A study file: JSON, YAML or TOML.")]
+StudyFile = Annotated[str, typer.Argument(help="A study file: JSON, YAML or TOML.")]
 StorePath = Annotated[str, typer.Argument(help="Path or URL of a store.")]
 Store = Annotated[
     str, typer.Option(help="Store of the results: a path, or a URL such as s3://…, gs://….")
 ]
 Figures = Annotated[
-    Path | None, typer.Option(help="Folder of figures and report; default: beside the store.")
+    str | None, typer.Option(help="Folder of figures and report; default: beside the store.")
 ]
 CheckpointFolder = Annotated[
     str | None, typer.Option(help="Folder or URL of checkpoints; default: beside the store.")
@@ -119,6 +118,14 @@ MaxReplicas = Annotated[
 Threads = Annotated[int | None, typer.Option(help="CPU threads of a replica.")]
 Memory = Annotated[
     str | None, typer.Option(help="Memory of a replica, such as 4GB; default: its share.")
+]
+AllowError = Annotated[
+    bool,
+    typer.Option(
+        "--allow-error",
+        help="Keep the numbers of a checkpoint whose error bound is above 0.01 (0.1 in bf16 and"
+        " tf32); store and report say so.",
+    ),
 ]
 WaitForNodes = Annotated[
     float | None,

@@ -9,6 +9,7 @@ import typer
 from distributed_stiffness.cli.fields import run_fields
 from distributed_stiffness.cli.options import (
     Address,
+    AllowError,
     AsJson,
     CheckpointFolder,
     DataDir,
@@ -66,6 +67,7 @@ def run(
     threads: Threads = None,
     memory: Memory = None,
     wait_for_nodes: WaitForNodes = None,
+    allow_error: AllowError = False,
     engine: Engine = "ray",
     rows: Rows = None,
     plan_only: PlanOnly = False,

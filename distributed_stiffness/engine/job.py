@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from distributed_stiffness.certainty import allowed_error
 from distributed_stiffness.checkpoints import Checkpoints, TrainingRun
 from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.engine.bounds import Bound, describe_bounds
@@ -23,7 +24,6 @@ from distributed_stiffness.engine.replica import Receipt
 from distributed_stiffness.engine.scheduler import Assignment, Scheduler
 from distributed_stiffness.engine.whole_matrix import ClassMeans, is_checked_whole
 from distributed_stiffness.errors import GradientError, StiffnessError, StoreError
-from distributed_stiffness.gradients.error_bound import allowed_error
 from distributed_stiffness.plan import Plan, in_words
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.store import WHOLE_MATRIX_CHECK, Store, now, training_run, weights_key

@@ -2,9 +2,9 @@
 
 Of some examples of the batch, drawn at random, the unit gradients are added up with random signs.
 Plain autograd gives the same sum in one backward pass, parameter by parameter: it is the gradient
-of Σ ±loss_i / |g_i|. Those examples are run alone, so that rows that depend on the company which
-they were made in are found too, as are rows of other examples, and parameters whose use was not
-seen. (A directional derivative by forward mode would cost as much, lacks kernels, and names no
+of Σ ±loss_i / |g_i|. Those examples are run in two halves, drawn at random: rows that depend on the
+company which they were made in are found too, as are rows of other examples, and parameters whose
+use was not seen. (A directional derivative by forward mode would cost as much, lacks kernels, and names no
 parameter: docs/design/0009-checks.md.)
 
 Axis letters: N examples of the batch, K that are checked, T positions.
@@ -39,12 +39,18 @@ TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1e-2}
 EXACT, INDEPENDENT = 1e-7, 1e-5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Drawn:
     """Examples of a batch that are checked, and the signs of their gradients in the sum."""
 
-    places: Tensor  # (K,) int64, ascending, on the CPU
+    places: Tensor  # (K,) int64, in the order of the draw, on the CPU
     signs: Tensor  # (K,) float64
+
+    def halves(self) -> list[Drawn]:
+        """Return the first half and the second; one alone where there is one."""
+        middle = len(self.signs) // 2
+        parts = (slice(0, middle), slice(middle, None)) if middle else (slice(None),)
+        return [Drawn(self.places[part], self.signs[part]) for part in parts]
 
     @staticmethod
     def of(n: int, share: float, random: torch.Generator, less_wanted: Tensor) -> Drawn:
@@ -56,7 +62,7 @@ class Drawn:
             order = torch.cat([order[~last], order[last]])
             k = min(k, max(FEWEST, int((~last).sum())), n)
         signs = torch.randint(0, 2, (k,), generator=random, device="cpu") * 2 - 1
-        return Drawn(order[:k].sort().values, signs.double())
+        return Drawn(order[:k], signs.double())
 
 
 @dataclass(frozen=True)
@@ -132,12 +138,8 @@ class BatchCheck:
     def _worst(self, drawn: Drawn, made: Sequence[tuple[Recipe, Rows]]) -> Drawn:
         """Return the few examples that differ most, by halving."""
         while len(drawn.signs) > FEWEST:
-            middle = len(drawn.signs) // 2
-            halves = [
-                Drawn(drawn.places[part], drawn.signs[part])
-                for part in (slice(0, middle), slice(middle, None))
-            ]
-            drawn = max(halves, key=lambda half: _or_infinite(self._difference(half, made).size))
+            sizes = {half: self._difference(half, made).size for half in drawn.halves()}
+            drawn = max(sizes, key=lambda half: _or_infinite(sizes[half]))
         return drawn
 
     def _require_no_company(
@@ -202,10 +204,11 @@ def said_dependence(name: str, size: float) -> str:
     """Say that examples depend on each other."""
     module = name.rpartition(".")[0] or "the network"
     return (
-        f"the examples depend on each other: in other company an example's gradient of {name!r} (in"
-        f" {module}) changes by {size:.1g} of its whole gradient. Batch statistics, a loss or"
-        " attention across the batch, or chance (dropout) do this, and per-example gradients are"
-        " not defined then; use running statistics, or a loss of one example at a time"
+        f"the gradient of {name!r} (in {module}) changes by {size:.1g} of an example's whole"
+        " gradient in other company: the examples depend on each other (batch statistics,"
+        " attention or a loss across the batch, a path that one example takes for all, or chance),"
+        " so that per-example gradients are not defined; use running statistics, switch dropout"
+        " off, or give a loss of one example at a time"
     )
 
 
@@ -243,12 +246,15 @@ def compare(
         made: rows, each of the parameters of a recipe.
         plain: gradients of the network, in the precision of the batch.
     """
-    norms = torch.stack([rows.norm.cpu()[drawn.places] for _, rows in made]).amax(0)
-    few, theirs = take((inputs, targets), drawn.places)
-    expected = {
-        name: laid_out(grad.unsqueeze(0))[0]
-        for name, grad in plain.unit_sums(few, theirs, norms, drawn.signs).items()
-    }
+    all_norms = torch.stack([rows.norm.cpu() for _, rows in made]).amax(0)
+    norms = all_norms[drawn.places]
+    expected: dict[str, Tensor] = {}
+    for half in drawn.halves():
+        few, theirs = take((inputs, targets), half.places)
+        sums = plain.unit_sums(few, theirs, all_norms[half.places], half.signs)
+        for name, grad in sums.items():
+            flat = laid_out(grad.unsqueeze(0))[0]
+            expected[name] = expected[name] + flat if name in expected else flat
     weights = drawn.signs / torch.where(norms > 0, norms, 1.0)
     found: dict[str, float] = {}
     for recipe, rows in made:

@@ -93,6 +93,24 @@ def arguments(inputs: Nest) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
 
 
+def require_examples_first(outputs: Nest, n: int) -> None:
+    """Check that a network returned the examples that it was given.
+
+    Raises:
+        ModelError: it did not.
+    """
+    found = tensors(outputs)
+    if not found:
+        raise ModelError(
+            f"the network returned {type(outputs).__name__}, expected a tensor with N first, or a"
+            " nest of such"
+        )
+    if isinstance(outputs, Tensor) and (outputs.dim() == 0 or len(outputs) != n):
+        raise ModelError(
+            f"the network returned shape {tuple(outputs.shape)} for {n} examples, expected N first"
+        )
+
+
 def pair(examples: Examples) -> tuple[Nest, Nest]:
     """Return (inputs, targets) with all examples in memory.
 

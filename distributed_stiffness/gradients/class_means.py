@@ -32,6 +32,9 @@ from distributed_stiffness.gradients.self_check import check_gradients
 from distributed_stiffness.gradients.surroundings import in_fresh_surroundings
 from distributed_stiffness.tiling import pieces
 
+# Labels below this are counted from 0; sums of so many bytes are made whatever the memory.
+_COUNTED, _ALWAYS = 10_000, 2**28
+
 Labels = Tensor | np.ndarray | Sequence[int]
 
 
@@ -65,8 +68,9 @@ def class_cosine_matrix(
         allow_error: as in `cosine_matrix`.
 
     Returns:
-        Dims (label, other_label), with the labels that there are as coordinates, ascending;
-        float64; NaN within a class of one example. Attribute `error_bound`: of the cosines that
+        Dims (label, other_label), with the labels as coordinates: from 0 to the largest, or, where
+        some are negative or above 10,000, those that there are; float64; NaN of a class without
+        examples, and within one of one example. Attribute `error_bound`: of the cosines that
         these are means of.
 
     Raises:
@@ -94,7 +98,7 @@ def class_cosine_matrix(
                 is_in = classes == label
                 sums[label] = sums.get(label, 0) + units[is_in].sum(0)
                 counts[label] += int(has_gradient[is_in].sum())
-            if 8 * len(sums) * gradients.n_parameters > room:
+            if 8 * len(sums) * gradients.n_parameters > max(room, _ALWAYS):
                 raise ModelError(
                     f"there are {len(sums)} labels and more, whose sums of gradients take"
                     f" {8 * len(sums) * gradients.n_parameters:,} bytes, above the {room:,} that"
@@ -102,7 +106,10 @@ def class_cosine_matrix(
                 )
     of.require_end()
     names = sorted(sums)
-    totals = torch.stack([sums[label] for label in names])
+    if names[0] >= 0 and names[-1] < _COUNTED:
+        names = list(range(names[-1] + 1))  # counted from 0
+    nothing = torch.zeros(gradients.n_parameters, dtype=torch.float64, device="cpu")
+    totals = torch.stack([sums.get(label, nothing) for label in names])
     n = torch.tensor([float(counts[label]) for label in names], dtype=torch.float64)
     products = totals @ totals.T
     own = (products.diagonal() - n) / (n * (n - 1))

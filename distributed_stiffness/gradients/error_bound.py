@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from distributed_stiffness.certainty import allowed_error
 from distributed_stiffness.errors import GradientError
 from distributed_stiffness.gradients.batches import Nest, take
 from distributed_stiffness.gradients.loss_head import Loss
@@ -32,9 +33,6 @@ MARGIN = 5.0
 _MARGIN_OF_FEW = 8.0
 # No float32 cosine is claimed to be better than this (half a unit in the last place at 1).
 FLOOR = 6e-8
-# Above this cosines are not given, unless asked for.
-ALLOWED = {"bf16": 0.1, "tf32": 0.1}
-_ALLOWED = 0.01
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,6 @@ class Sample:
 
     examples: np.ndarray  # (n,) int64
     cosines: np.ndarray  # (n, n) float32
-
-
-def allowed_error(precision: str) -> float:
-    """Return the largest error bound that is let pass in a precision."""
-    return ALLOWED.get(precision, _ALLOWED)
 
 
 def sample_size(*, passes: int, total: float) -> int:

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from distributed_stiffness.gradients.batches import Nest, call, map_tensors, prepare
+from distributed_stiffness.gradients.batches import (
+    Nest,
+    call,
+    map_tensors,
+    prepare,
+    require_examples_first,
+)
 from distributed_stiffness.gradients.loss_head import Loss, WholeLoss, loss_head
 from distributed_stiffness.gradients.network import Network
 
@@ -60,6 +66,7 @@ def draw_evidence(
         inputs = map_tensors(torch.clone, prepare(inputs, network.dtype, device))
         with torch.no_grad(), network.running() as module:
             outputs = call(module, inputs)
+        require_examples_first(outputs, len(some))
         head = loss_head(loss, outputs, map_tensors(lambda t: t.to(device), targets))
         has_gradient = (head.scale > 0).cpu().numpy()
         chosen = {int(i) for i in some[has_gradient]}

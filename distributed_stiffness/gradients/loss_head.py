@@ -304,6 +304,8 @@ def _require_own_losses(
     Each loss is multiplied by a number of its own: so must be what its example sends back.
     """
     n = len(losses)
+    if not all(torch.isfinite(t).all() for t in (losses.detach(), *delta.values())):
+        return  # which is said elsewhere
     times = torch.arange(1, n + 1, dtype=losses.dtype, device=losses.device) / n
     with torch.enable_grad():
         found = torch.autograd.grad(losses, list(z.values()), times, allow_unused=True)

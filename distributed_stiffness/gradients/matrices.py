@@ -59,7 +59,7 @@ def cosine_matrix(
         Dims (example, other), float32 in [−1, 1]; 0 where a gradient is 0. Attributes:
         `parameters` (names), and with `check` `error_bound`, `error_bound_examples` (that it was
         measured on) and `undecided_signs` (pairs, i < j without `others`, whose |cosine| is below
-        the bound and not 0).
+        the bound).
 
     Raises:
         GradientError: per-example gradients are not defined or not finite, or the error bound is
@@ -79,7 +79,7 @@ def cosine_matrix(
     attrs: dict[str, Any] = {"parameters": list(work.gradients.parameters)}
     if check:
         attrs |= work.bound_of_cosines(values[None], allow_error=allow_error)
-        below = (np.abs(values) < attrs["error_bound"]) & (values != 0)
+        below = np.abs(values) < attrs["error_bound"]
         attrs["undecided_signs"] = int((below if others is not None else np.triu(below, 1)).sum())
     return _labelled(values, "cosine of two loss gradients", attrs)
 

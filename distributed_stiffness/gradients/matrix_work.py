@@ -40,6 +40,7 @@ from distributed_stiffness.tiling import pieces
 
 # A group whose part of every gradient is smaller, in float64, has a gradient of 0 but for rounding.
 _NOTHING = 1e-10
+_TINY = 1e-290
 # Frames between the user's call and a warning raised here.
 _USER = 4
 
@@ -248,6 +249,6 @@ class MatrixWork:
 
 
 def _ratio(found: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Return found / true; 1 where both are 0."""
+    """Return found / true; 1 where both are so small that float64 loses digits, or 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where((found == 0) & (true == 0), 1.0, found / true)
+        return np.where((found < _TINY) & (true < _TINY), 1.0, found / true)

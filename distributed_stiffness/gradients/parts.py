@@ -75,7 +75,7 @@ class Parts:
             return self._no_factors(layer)
         bias = joined_bias(layer.weight, self.captured)
         if (
-            layer.weight in self.functions
+            any(name in self.functions for name in layer.names)
             or self.through.get(layer.weight)
             or (layer.bias is not None and bias != layer.bias)
             or not all(role == "weight" and u.rule.covers_positions(u.call) for role, u in uses)

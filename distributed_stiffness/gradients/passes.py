@@ -5,9 +5,10 @@ Axis letters: N examples.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distributed_stiffness.errors import ModelError, StiffnessError
+from distributed_stiffness.errors import GradientError, ModelError, StiffnessError
 from distributed_stiffness.gradients.batches import (
     Nest,
     arguments,
     as_nest,
     count_examples,
     map_tensors,
+    require_examples_first,
     take,
     tensors,
 )
@@ -94,7 +96,7 @@ class Passes:
         if isinstance(self._loss, WholeLoss):
             head = whole_loss_head(outputs, n)
         else:
-            _require_examples_first(outputs, n)
+            require_examples_first(outputs, n)
             head = loss_head(self._loss, outputs, targets)
         return Pass(inputs, targets, n, capture, head, head.chosen(outputs))
 
@@ -177,6 +179,7 @@ class Passes:
         """Differentiate by torch.func, or what even that cannot do one example at a time."""
         batched = tuple(name for name in names if name not in self._one_by_one_names)
         found: dict[str, Tensor] = {}
+        refused = None
         if batched:
             try:
                 with warnings.catch_warnings():
@@ -187,28 +190,31 @@ class Passes:
                 if is_out_of_memory(error):
                     raise
                 self._one_by_one_names.update(batched)
-                modules = sorted({name.rpartition(".")[0] or "the network" for name in batched})
-                warnings.warn(
-                    f"no structured rule and no torch.func for {', '.join(batched)} (in"
-                    f" {', '.join(modules)}): their gradients are computed one example at a time,"
-                    " which takes as long as training on single examples. torch.func said:"
-                    f" {error}",
-                    stacklevel=2,
-                )
+                refused = error
         alone = tuple(name for name in names if name in self._one_by_one_names)
-        return found | (self._one_by_one(done, alone) if alone else {})
+        if alone:
+            found |= self._one_by_one(done, alone)
+        if refused is not None:
+            modules = sorted({name.rpartition(".")[0] or "the network" for name in batched})
+            warnings.warn(
+                f"no structured rule and no torch.func for {', '.join(batched)} (in"
+                f" {', '.join(modules)}): their gradients are computed one example at a time,"
+                f" which takes as long as training on single examples. torch.func said: {refused}",
+                stacklevel=2,
+            )
+        return found
 
     def _functional(self, done: Pass, names: tuple[str, ...]) -> dict[str, Tensor]:
         called = self._called
-        parameters = {called.prefix + name: self._parameters[name].detach() for name in names}
+        parameters = {name: self._parameters[name].detach() for name in names}
 
         def projected(
             chosen: dict[str, Tensor], inputs: Nest, targets: Nest, directions: tuple[Tensor, ...]
         ) -> Tensor:
             one = map_tensors(lambda t: t.unsqueeze(0), (inputs, targets))
             args, kwargs = called.arguments(*one)
-            outputs = torch.func.functional_call(called.module, chosen, args, kwargs)
-            outputs = as_nest(outputs)
+            with self._in_place_of(chosen):
+                outputs = as_nest(called.module(*args, **kwargs))
             parts = zip(done.head.chosen(outputs), directions, strict=True)
             return torch.stack([(o.squeeze(0) * d).sum() for o, d in parts]).sum()
 
@@ -222,42 +228,70 @@ class Passes:
         ):
             per_example = torch.func.vmap(torch.func.grad(projected), in_dims=(None, 0, 0, 0))
             inputs = map_tensors(torch.clone, done.inputs)
-            found = per_example(parameters, inputs, done.targets, done.head.directions)
-        return {name: found[called.prefix + name] for name in names}
+            found: dict[str, Tensor] = per_example(
+                parameters, inputs, done.targets, done.head.directions
+            )
+        return found
+
+    @contextlib.contextmanager
+    def _in_place_of(self, chosen: Mapping[str, Tensor]) -> Iterator[None]:
+        """Put tensors where the network has these parameters.
+
+        torch.func.functional_call puts back the wrong tensor where a module has two names.
+        """
+        instead = {id(self._parameters[name]): tensor for name, tensor in chosen.items()}
+        places = [
+            (module._parameters, name, p)
+            for module in self._network.module.modules()
+            for name, p in module._parameters.items()
+            if id(p) in instead
+        ]
+        try:
+            for holder, name, p in places:
+                holder[name] = instead[id(p)]  # type: ignore[assignment]
+            yield
+        finally:
+            for holder, name, p in places:
+                holder[name] = p
 
     def _one_by_one(self, done: Pass, names: tuple[str, ...]) -> dict[str, Tensor]:
         parameters = [self._parameters[name] for name in names]
-        found: list[list[Tensor]] = []
+        found = []
         for i in range(done.n):
-            inputs, targets = take((done.inputs, done.targets), slice(i, i + 1))
-            args, kwargs = self._called.arguments(map_tensors(torch.clone, inputs), targets)
-            with torch.enable_grad(), self._network.running():
-                outputs = done.head.chosen(as_nest(self._called.module(*args, **kwargs)))
-                starts = [
-                    (o, d[i : i + 1])
-                    for o, d in zip(outputs, done.head.directions, strict=True)
-                    if o.requires_grad
-                ]
-                grads = (
-                    torch.autograd.grad(
-                        [o for o, _ in starts],
-                        parameters,
-                        [d for _, d in starts],
-                        allow_unused=True,
-                    )
-                    if starts
-                    else [None] * len(parameters)
-                )
-            found.append(
-                [
-                    torch.zeros_like(p) if g is None else g.to_dense()
-                    for p, g in zip(parameters, grads, strict=True)
-                ]
-            )
+            try:
+                found.append(self._one(done, i, parameters))
+            except Exception as error:  # the user's own code: any type of error
+                if isinstance(error, StiffnessError) or is_out_of_memory(error):
+                    raise
+                raise GradientError(
+                    f"the network does not take one example alone ({type(error).__name__}:"
+                    f" {error}), so that per-example gradients are not defined"
+                ) from error
         return {
             name: torch.stack(column)
             for name, column in zip(names, zip(*found, strict=True), strict=True)
         }
+
+    def _one(self, done: Pass, i: int, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Differentiate example i alone, from where its direction starts."""
+        inputs, targets = take((done.inputs, done.targets), slice(i, i + 1))
+        args, kwargs = self._called.arguments(map_tensors(torch.clone, inputs), targets)
+        with torch.enable_grad(), self._network.running():
+            outputs = done.head.chosen(as_nest(self._called.module(*args, **kwargs)))
+            starts = [
+                (o, d[i : i + 1])
+                for o, d in zip(outputs, done.head.directions, strict=True)
+                if o.requires_grad
+            ]
+            if not starts:
+                return [torch.zeros_like(p) for p in parameters]
+            grads = torch.autograd.grad(
+                [o for o, _ in starts], parameters, [d for _, d in starts], allow_unused=True
+            )
+        return [
+            torch.zeros_like(p) if g is None else g.to_dense()
+            for p, g in zip(parameters, grads, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -265,14 +299,13 @@ class _Called:
     """The module that is called: the network, or one with its loss inside."""
 
     module: nn.Module
-    prefix: str  # of the network's parameters in it
     takes_targets: bool
 
     @staticmethod
     def of(model: nn.Module, loss: Loss) -> _Called:
         if isinstance(loss, WholeLoss):
-            return _Called(_LossInside(model, loss), "model.", takes_targets=True)
-        return _Called(model, "", takes_targets=False)
+            return _Called(_LossInside(model, loss), takes_targets=True)
+        return _Called(model, takes_targets=False)
 
     def arguments(self, inputs: Nest, targets: Nest) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return what the module is called with."""
@@ -310,16 +343,3 @@ def _described(inputs: Nest) -> str:
     return ", ".join(
         f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors(inputs)
     )
-
-
-def _require_examples_first(outputs: Nest, n: int) -> None:
-    found = tensors(outputs)
-    if not found:
-        raise ModelError(
-            f"the network returned {type(outputs).__name__}, expected a tensor with N first, or a"
-            " nest of such"
-        )
-    if isinstance(outputs, Tensor) and (outputs.dim() == 0 or len(outputs) != n):
-        raise ModelError(
-            f"the network returned shape {tuple(outputs.shape)} for {n} examples, expected N first"
-        )

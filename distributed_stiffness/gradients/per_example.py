@@ -394,10 +394,11 @@ class PerExampleGradients:
         worst = max(names, key=lambda name: differences[name])
         modules = sorted({name.rpartition(".")[0] or "the network" for name in names})
         warnings.warn(
-            f"the gradients of {', '.join(sorted(names))} (in {', '.join(modules)}) are not what"
-            f" the calls that take them say (up to {differences[worst]:.1g} of an example's whole"
-            " gradient is missing: a derivative inside the network, or code that torch does not"
-            " show): they are computed by torch.func, or else one example at a time",
+            f"the gradients of {', '.join(map(repr, sorted(names)))} (in {', '.join(modules)}) are not what"
+            f" the calls that take them say (they differ from one-example autograd by up to"
+            f" {differences[worst]:.1g} of an example's whole gradient: a derivative inside the"
+            " network, or code that torch does not show): they are computed by torch.func, or else"
+            " one example at a time",
             stacklevel=2,
         )
 

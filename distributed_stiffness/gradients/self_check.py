@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed_stiffness.errors import GradientError, StiffnessError
 from distributed_stiffness.gradients.batch_check import require_independence, said_wrong
-from distributed_stiffness.gradients.batches import Nest, count_examples, take, tensors
+from distributed_stiffness.gradients.batches import (
+    Nest,
+    count_examples,
+    prepare,
+    take,
+    tensors,
+)
 from distributed_stiffness.gradients.evidence import EXAMPLES
 from distributed_stiffness.gradients.gram import cosine
 from distributed_stiffness.gradients.loss_head import Loss
 from distributed_stiffness.gradients.per_example import PerExampleGradients
+from distributed_stiffness.gradients.precision import precision_mode
 
 # Both sides run in float64, where two right ways differ by about 1e-13 of an example's gradient;
 # a wrong rule differs by about 1.
@@ -66,6 +74,7 @@ def check_gradients(gradients: PerExampleGradients, inputs: Nest, targets: Nest)
         GradientError: as `self_check`.
     """
     exact, n = gradients.in_float64, count_examples(inputs)
+    inputs = prepare(inputs, torch.float64, gradients.device)
     dtypes = _FloatingDtypes()
     try:
         with dtypes:
@@ -89,7 +98,9 @@ def check_gradients(gradients: PerExampleGradients, inputs: Nest, targets: Nest)
         if wrong <= gradients.hard:
             raise GradientError("self-check: " + said_wrong(wrong, differences))
         gradients.give_up_rules(wrong, differences)
-    rows = exact.rows(inputs, targets)
+    unrounded = copy.copy(exact)  # rows too, which bf16 rounds
+    unrounded.precision = precision_mode("float64", exact.device)
+    rows = unrounded.rows(inputs, targets)
     unit = exact.plain.unit_gradients(inputs, targets)
     for what, worst, allowed in (
         ("a norm", _relative(rows.norm - norm, norm).max(), tolerance),

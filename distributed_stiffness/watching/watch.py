@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from distributed_stiffness.certainty import allowed_error
 from distributed_stiffness.checkpoints import Checkpoints, TrainingRun, weights_hash
 from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.engine.lease import Lease
@@ -30,7 +31,6 @@ from distributed_stiffness.engine.speed import measure
 from distributed_stiffness.errors import StiffnessError, StoreError, StudyError
 from distributed_stiffness.gradients.batches import Examples, Nest, from_numpy, map_tensors
 from distributed_stiffness.gradients.budget import fit, free_memory
-from distributed_stiffness.gradients.error_bound import allowed_error
 from distributed_stiffness.gradients.evidence import ALL_ZERO, EXAMPLES
 from distributed_stiffness.gradients.from_evidence import gradients_of_evidence
 from distributed_stiffness.gradients.loss_head import Loss, WholeLoss

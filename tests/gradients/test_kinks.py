@@ -489,7 +489,8 @@ class TestCosines:
         gradients = PerExampleGradients(model, loss, (x, y))
 
         of_gradients = Kinks(12)
-        gradients._by_recipe(gradients._prepared(x), y, of_gradients)
+        with of_gradients:
+            gradients._passes.run(*gradients._on_device(x, y))
         with Kinks(12) as of_the_look:
             gradients._run(x, y)
 

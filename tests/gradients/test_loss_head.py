@@ -85,13 +85,10 @@ class TestCrossEntropy:
         assert head.directions[0].dtype == torch.float32
         assert head.loss.dtype == head.scale.dtype == torch.float64
 
-    def test_a_single_output_has_no_gradient(self):
-        """With one class the loss is 0 whatever the output, and so is the gradient."""
-        head = loss_head("cross_entropy", torch.randn(3, 1), torch.zeros(3, dtype=torch.int64))
-
-        assert (head.loss == 0).all()
-        assert (head.directions[0] == 0).all()
-        assert (head.scale == 0).all()
+    def test_a_single_output_is_no_class(self):
+        """With one class the loss is 0 whatever the output: another loss was meant."""
+        with pytest.raises(ModelError, match=r"1 output.*binary_cross_entropy_with_logits"):
+            loss_head("cross_entropy", torch.randn(3, 1), torch.zeros(3, dtype=torch.int64))
 
 
 class TestAnyLoss:

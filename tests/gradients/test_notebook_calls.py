@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -200,7 +201,7 @@ class TestExamples:
             np.testing.assert_allclose(
                 found.values, joint.values[..., :8, 8:], atol=FLOAT32 * abs(joint.values).max()
             )
-            assert "error_bound" not in found.attrs
+            assert found.attrs["error_bound"] <= 4e-6
 
     def test_others_may_be_texts_of_another_length(self):
         """As long as a gradient is over the same parameters, its example may have any shape."""
@@ -369,11 +370,13 @@ class TestRefusals:
 
     @pytest.mark.parametrize("at", [0, 10])
     def test_examples_of_different_kinds(self, at):
-        """A path that depends on the inputs is refused, wherever the other kind stands."""
+        """A path that an example takes alone is no matter, wherever the other kind stands."""
         x, y = data()
         x[at, 0] = 9.0
-        with pytest.raises(GradientError, match=r"path depends on its inputs|depend on each other"):
-            cosine_matrix(PathOfInputs(), "cross_entropy", (x, y))
+        model = PathOfInputs()
+        found = cosine_matrix(model, "cross_entropy", (x, y))
+        expected = reference.cosine_matrix(model, reference.cross_entropy, x, y)
+        np.testing.assert_allclose(found.values, expected.numpy(), atol=FLOAT32)
 
     def test_examples_of_one_kind_on_the_other_path(self):
         """Where all examples take one path there is nothing to refuse; what is unused is 0."""
@@ -400,7 +403,7 @@ class TestRefusals:
         monkeypatch.setattr(
             Linear, "per_example", lambda self, *args: (1 + error) * right(self, *args)
         )
-        with pytest.raises(GradientError, match="differs from one-example autograd"):
+        with pytest.warns(UserWarning, match="differ from one-example autograd"):
             cosine_matrix(network(), "cross_entropy", data())
 
 

@@ -263,10 +263,10 @@ def test_a_setting_that_torch_refuses_leaves_the_others_as_they_were(
     """
     before, switched = torch.backends.cudnn.allow_tf32, precision._switched
 
-    def refused(backend: Any, switch: str, value: Any) -> Any:
-        if backend is ON_CPU:
+    def refused(place: tuple[str, str], value: str) -> Any:
+        if place == ("mkldnn", "matmul"):
             raise RuntimeError("mix of the legacy and new APIs")
-        return switched(backend, switch, value)
+        return switched(place, value)
 
     torch.backends.cudnn.allow_tf32 = True
     with monkeypatch.context() as refusing:
@@ -275,7 +275,7 @@ def test_a_setting_that_torch_refuses_leaves_the_others_as_they_were(
             pass
     assert torch.backends.cudnn.allow_tf32
     with full_float32(), full_float32():
-        assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
     assert torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = before
 
