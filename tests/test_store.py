@@ -49,7 +49,7 @@ class TestSchema:
             assert seven.isel(example=sevens, other=twos).shape == (6, 6)
             assert json.loads(ds.attrs["study"])["title"] == "tiny"
             assert json.loads(ds.attrs["class_names"]) == list("0123456789")
-            assert ds.attrs["finished"] and ds.attrs["versions"]["torch"]
+            assert ds.attrs["finished"] and json.loads(ds.attrs["versions"])["torch"]
             assert all(v.attrs["long_name"] and v.attrs["units"] and v.attrs["description"]
                        for v in ds.data_vars.values())
             assert not any(m.startswith("distributed_stiffness") for m in sys.modules)

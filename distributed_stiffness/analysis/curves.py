@@ -7,6 +7,7 @@ import xarray as xr
 
 from distributed_stiffness.attributes import decoded
 
+PLACES = ("learning_rate", "seed", "iteration", "epoch")  # which checkpoint it is
 CURVES = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
 
 
@@ -23,9 +24,9 @@ def checkpoint_curves(ds: xr.Dataset) -> xr.Dataset:
         zero_gradients: examples whose gradient is zero (int64).
     """
     names = [name for name in (*CURVES, "error_bound", "undecided") if name in ds]
+    places = [name for name in PLACES if name in ds.coords]
     result = ds[names].reset_coords(drop=True).drop_attrs(deep=False)
-    if "epoch" in ds.coords:
-        result = result.assign_coords(epoch=ds["epoch"])
+    result = result.assign_coords({name: ds[name].variable for name in places})
     if "undecided" in ds:
         n = ds.sizes["example"]
         whole = decoded(ds.attrs).get("plan", {}).get("n_examples", n) == n

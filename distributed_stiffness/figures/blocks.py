@@ -9,13 +9,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from distributed_stiffness.analysis import compute, split_blocks
-from distributed_stiffness.figures.checkpoints import details, of_seed, rate_title, seeds_note
+from distributed_stiffness.figures.checkpoints import Names, details, of_seed, seeds_note
 from distributed_stiffness.figures.curves import (
     MARKERS,
     MEANS,
     RELATIONS,
     SOLID,
-    STEPS,
     line_handles,
     step_axis,
 )
@@ -42,7 +41,7 @@ def block_curves(ds: xr.Dataset, seed: int | None = None) -> Figure:
     """
     blocks = compute(split_blocks(ds)) if "example" in ds.dims else ds
     note = seeds_note(blocks, seed)
-    blocks = of_seed(blocks, seed)
+    blocks, names = of_seed(blocks, seed), Names.of(blocks)
     rates = blocks["learning_rate"].values
     with style():
         figure = Figure(figsize=(9.6, 2.8 * len(rates) + 1.0), layout="constrained")
@@ -51,15 +50,16 @@ def block_curves(ds: xr.Dataset, seed: int | None = None) -> Figure:
             for ax, measure in zip(axes[row], MEANS, strict=True):
                 _panel(ax, blocks.isel(learning_rate=row), measure)
                 title = f"{measure.capitalize()} stiffness"
-                ax.set_title(f"{title}, {rate_title(float(rate))}" if len(rates) > 1 else title)
-        step_axis(axes[-1], blocks["iteration"].values)
-        for ax in axes[-1]:
-            ax.set_xlabel(STEPS)
+                ax.set_title(
+                    f"{title}, {names.rate_title(float(rate))}" if len(rates) > 1 else title
+                )
+        step_axis(axes[-1], blocks["iteration"].values, names)
         _legend(figure, [str(name) for name in blocks["block"].values])
-        rate = "" if len(rates) > 1 else rate_title(float(rates[0]))
+        over = " over training" if blocks.sizes["iteration"] > 1 else ""
+        rate = "" if len(rates) > 1 else names.rate_title(float(rates[0]))
         heading(
             figure,
-            "Stiffness over training, by the splits of the two examples",
+            f"Stiffness{over}, by the splits of the two examples",
             details(blocks, rate, note, BANDS),
         )
     return figure

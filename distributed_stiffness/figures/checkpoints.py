@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -63,22 +65,67 @@ def stages(iterations: Sequence[int] | np.ndarray) -> list[int]:
     return [0, early, int(nearest), len(steps) - 1]
 
 
-def stage_title(at: xr.DataArray) -> str:
-    """Say when a checkpoint was: step, epoch and validation accuracy, as far as known."""
-    step = int(at["iteration"])
-    line = f"step {step:,}"
-    if step == 0:
-        line += ", before training"
-    elif "epoch" in at.coords:
-        line += f", epoch {_short(float(at['epoch']))}"
-    if "validation_accuracy" in at.coords and np.isfinite(at["validation_accuracy"]):
-        line += f"\nvalidation accuracy {float(at['validation_accuracy']):.0%}"
-    return line.replace("%", " %")
+@dataclass(frozen=True)
+class Names:
+    """How figures and report call a study's checkpoints: what nobody gave is not said.
 
+    What was trained here knows its learning rates, seeds and steps, and has epochs. Of networks
+    that were trained elsewhere a learning rate, a seed or a step that is 0, and the only one, was
+    not given: it says nothing, and tells nothing apart.
+    """
 
-def rate_title(learning_rate: float) -> str:
-    """Name a learning rate."""
-    return f"learning rate {rate_in_words(learning_rate)}"
+    trained_here: bool
+    rate: bool  # whether learning rates are said
+    seed: bool
+    step: bool
+
+    @classmethod
+    def of(cls, ds: xr.Dataset) -> Names:
+        """Look at the checkpoints of a store or of a reduction."""
+        trained_here = "epoch" in ds.variables
+        values = {dim: np.atleast_1d(ds[dim].values) for dim in RUN if dim in ds.variables}
+        given = {dim: len(of) > 1 or bool((of != 0).any()) for dim, of in values.items()}
+        return cls(
+            trained_here,
+            rate=given.get("learning_rate", False),
+            seed=given.get("seed", False) or (trained_here and "seed" in given),
+            step=given.get("iteration", False) or (trained_here and "iteration" in given),
+        )
+
+    def rate_title(self, learning_rate: float) -> str:
+        """Name a learning rate; empty where none was given."""
+        return f"learning rate {rate_in_words(learning_rate)}" if self.rate else ""
+
+    def step_title(self, step: float) -> str:
+        """Name a step; empty where none was given."""
+        return f"step {step:,.0f}" if self.step else ""
+
+    def place(self, at: Mapping[Hashable, Any]) -> str:
+        """Name a checkpoint by the numbers of its dimensions, those that are there and given."""
+        parts = [
+            self.rate_title(float(at["learning_rate"])) if "learning_rate" in at else "",
+            f"seed {int(at['seed'])}" if self.seed and "seed" in at else "",
+            self.step_title(float(at["iteration"])) if "iteration" in at else "",
+        ]
+        return ", ".join(part for part in parts if part)
+
+    def stage_title(self, at: xr.DataArray) -> str:
+        """Say when a checkpoint was: step, epoch and validation accuracy, as far as known."""
+        when = [self.step_title(float(at["iteration"]))]
+        if self.trained_here and float(at["iteration"]) == 0:
+            when.append("before training")
+        elif "epoch" in at.coords:
+            when.append(f"epoch {_short(float(at['epoch']))}")
+        lines = [", ".join(part for part in when if part)]
+        if "validation_accuracy" in at.coords and np.isfinite(at["validation_accuracy"]):
+            share = f"{float(at['validation_accuracy']):.0%}".replace("%", " %")
+            lines.append(f"validation accuracy {share}")
+        return "\n".join(line for line in lines if line)
+
+    @property
+    def steps(self) -> str:
+        """What is counted along an axis of steps."""
+        return "optimiser steps" if self.trained_here else "steps"
 
 
 def details(ds: xr.Dataset, *more: str) -> str:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from distributed_stiffness.figures.checkpoints import details, rate_title, seeds_note, with_run_dims
+from distributed_stiffness.figures.checkpoints import Names, details, seeds_note, with_run_dims
 from distributed_stiffness.figures.style import BANDS, band, heading, style
 
 # Above this share, undecided signs are no longer a detail of the sign stiffness.
@@ -26,7 +26,6 @@ SOLID: LineStyle = "-"
 DASHED: LineStyle = "--"
 RELATIONS: dict[str, LineStyle] = {"within a class": SOLID, "between classes": DASHED}
 MEANS = {"sign": "share helping − harming", "cosine": "mean cosine of pairs"}  # of axes
-STEPS = "optimiser steps, spaced like a logarithm"
 
 
 def stiffness_curves(within_between: xr.Dataset, curves: xr.Dataset) -> Figure:
@@ -43,7 +42,7 @@ def stiffness_curves(within_between: xr.Dataset, curves: xr.Dataset) -> Figure:
     """
     stiffness, training = with_run_dims(within_between), with_run_dims(curves)
     stiffness = stiffness.drop_vars([n for n in stiffness.coords if n in training.data_vars])
-    note = seeds_note(within_between, None)
+    note, names = seeds_note(within_between, None), Names.of(training)
     with style():
         figure = Figure(figsize=(9.6, 6.4), layout="constrained")
         axes = figure.subplots(2, 2, sharex=True)
@@ -51,11 +50,12 @@ def stiffness_curves(within_between: xr.Dataset, curves: xr.Dataset) -> Figure:
             _stiffness_panel(ax, stiffness, measure)
         for ax, name in zip(axes[1], ("loss", "accuracy"), strict=True):
             _training_panel(ax, training, name)
-        step_axis(axes[1], training["iteration"].values)
-        _legend(figure, training["learning_rate"].values, _undecided(training))
+        step_axis(axes[1], training["iteration"].values, names)
+        _legend(figure, training["learning_rate"].values, names, _undecided(training, names))
+        over = " over training" if training.sizes["iteration"] > 1 else ""
         heading(
             figure,
-            "Stiffness over training, within a class and between classes",
+            f"Stiffness{over}, within a class and between classes",
             details(
                 within_between,
                 f"{note} (thin: each)" if note else "",
@@ -76,13 +76,16 @@ def _stiffness_panel(ax: Axes, stiffness: xr.Dataset, measure: str) -> None:
 
 
 def _training_panel(ax: Axes, training: xr.Dataset, name: str) -> None:
+    drawn: dict[str, LineStyle] = {}
     for split, line in (("train", SOLID), ("validation", DASHED)):
-        if f"{split}_{name}" in training:
-            _lines(ax, training[f"{split}_{name}"], line)
+        values = training.get(f"{split}_{name}")
+        if values is not None and values.notnull().any():
+            _lines(ax, values, line)
+            drawn["training" if split == "train" else split] = line
     ax.set_title(name.capitalize())
     ax.set_ylabel("loss (nats)" if name == "loss" else "share correct")
-    ax.set_xlabel(STEPS)
-    _key(ax, {"training": SOLID, "validation": DASHED})
+    if drawn:
+        _key(ax, drawn)
 
 
 def _lines(
@@ -133,26 +136,41 @@ def line_handles(styles: dict[str, LineStyle]) -> list[Line2D]:
     ]
 
 
-def _legend(figure: Figure, rates: np.ndarray, note: str) -> None:
-    handles = [
-        Line2D([], [], color=colour, marker=MARKERS[k % len(MARKERS)], label=rate_title(rate))
+def rate_handles(rates: np.ndarray, names: Names) -> list[Line2D]:
+    """Return what a legend needs to say which colour is which learning rate; nothing, of none."""
+    if not names.rate:
+        return []
+    return [
+        Line2D([], [], color=colour, marker=MARKERS[k % len(MARKERS)], label=names.rate_title(rate))
         for k, (rate, colour) in enumerate(zip(rates, rate_colours(len(rates)), strict=True))
     ]
-    columns = min(len(handles), 5)
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, title=note or None)
 
 
-def step_axis(axes: Iterable[Axes], steps: np.ndarray) -> None:
-    """Make the axis of steps logarithmic where they span much, with step 0 at its left."""
+def _legend(figure: Figure, rates: np.ndarray, names: Names, note: str) -> None:
+    handles = rate_handles(rates, names)
+    if handles or note:
+        figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=min(max(len(handles), 1), 5),
+            title=note or None,
+        )
+
+
+def step_axis(axes: Iterable[Axes], steps: np.ndarray, names: Names) -> None:
+    """Make the axis of steps logarithmic where they span much, with step 0 at its left; name it."""
     positive = steps[steps > 0]
     logarithmic = positive.size > 1 and positive[-1] >= 20 * positive[0]
     for ax in axes:
         if logarithmic:
             ax.set_xscale("symlog", linthresh=float(positive[0]), linscale=0.5)
         shown = _apart(ax, steps)
+        texts = [f"{step:,.0f}" if names.step else "" for step in shown]
         ax.xaxis.set_major_locator(FixedLocator(shown))
-        ax.xaxis.set_major_formatter(FixedFormatter([f"{step:,.0f}" for step in shown]))
+        ax.xaxis.set_major_formatter(FixedFormatter(texts))
         ax.xaxis.set_minor_locator(NullLocator())
+        if names.step:
+            ax.set_xlabel(names.steps + (", spaced like a logarithm" if logarithmic else ""))
 
 
 def _apart(ax: Axes, steps: np.ndarray, share: float = 0.11) -> list[float]:
@@ -168,7 +186,7 @@ def _apart(ax: Axes, steps: np.ndarray, share: float = 0.11) -> list[float]:
     return [float(steps[k]) for k in shown]
 
 
-def _undecided(training: xr.Dataset) -> str:
+def _undecided(training: xr.Dataset, names: Names) -> str:
     """Say so where rounding leaves many signs open; empty where it does not."""
     if "undecided_share" not in training or not training["undecided_share"].notnull().any():
         return ""
@@ -176,8 +194,8 @@ def _undecided(training: xr.Dataset) -> str:
     worst = share.isel(share.fillna(-1.0).argmax(...))
     if float(worst) <= NOTABLE_SHARE:
         return ""
+    most = names.place({dim: worst[dim] for dim in ("iteration", "learning_rate")})
     return (
         f"Note: up to {100 * float(worst):.1f} % of all pairs have a cosine within its error bound"
-        f" of 0, so that their sign is open\n(most at step {int(worst['iteration']):,},"
-        f" {rate_title(float(worst['learning_rate']))})"
+        " of 0, so that their sign is open" + (f"\n(most at {most})" if most else "")
     )

@@ -14,15 +14,20 @@ from matplotlib.figure import Figure
 
 from distributed_stiffness.analysis import class_matrix, compute, superclass_matrix
 from distributed_stiffness.figures.checkpoints import (
+    Names,
     details,
     of_learning_rate,
     of_seed,
-    rate_title,
     seeds_note,
-    stage_title,
     stages,
 )
-from distributed_stiffness.figures.style import MEANING, heading, require_measure, style
+from distributed_stiffness.figures.style import (
+    MEANING,
+    heading,
+    in_one_line,
+    require_measure,
+    style,
+)
 
 # More names than this on an axis are not legible: groups of them are named instead.
 MOST_NAMES = 30
@@ -108,6 +113,7 @@ class _Grid:
     """The matrices of one figure: a row for each learning rate, or one row that is wrapped."""
 
     values: xr.DataArray  # (learning_rate, iteration, a, b)
+    checkpoints: Names
     names: _Names
     rows: int
     columns: int
@@ -183,17 +189,17 @@ def _grid(
     wide = 2 if names.inches > 3 else 3 if steps > 4 else 4
     columns = steps if rates > 1 else min(steps, wide)
     rows = rates if rates > 1 else -(-steps // columns)
-    return _Grid(values, names, rows, columns, norm)
+    return _Grid(values, Names.of(matrix), names, rows, columns, norm)
 
 
 def _names(values: xr.DataArray, dim: str, class_labels: bool | None) -> _Names:
-    every = [str(name) for name in values[dim].values]
+    every = [in_one_line(str(name)) for name in values[dim].values]
     n, none = len(every), np.array([])
     if n <= MOST_NAMES and class_labels is not False:
         inches = 2.1 if n <= 12 else 3.4
         return _Names(np.arange(n), every, none, 8 if n <= 12 else 7, inches)
     above = (
-        [str(name) for name in values["superclass_name"].values]
+        [in_one_line(str(name)) for name in values["superclass_name"].values]
         if ("superclass_name" in values.coords)
         else []
     )
@@ -211,7 +217,7 @@ def _names(values: xr.DataArray, dim: str, class_labels: bool | None) -> _Names:
 def _draw(ax: Axes, panel: xr.DataArray, grid: _Grid) -> None:
     colours = matplotlib.colormaps[COLOURS].with_extremes(bad="0.8")
     ax.imshow(np.ma.masked_invalid(panel.values), cmap=colours, norm=grid.norm)
-    ax.set_title(stage_title(panel))
+    ax.set_title(grid.checkpoints.stage_title(panel))
     ax.set_xticks(grid.names.ticks, [])
     ax.set_yticks(grid.names.ticks, [])
     ax.tick_params(length=0 if grid.names.borders.size else 2)
@@ -241,13 +247,13 @@ def _name_axes(axes: np.ndarray, n_panels: int, grid: _Grid, splits: str) -> Non
             rate = float(
                 grid.values["learning_rate"].values[at // grid.columns if grid.several_rates else 0]
             )
-            above = f"{rate_title(rate)}\n" if grid.several_rates else ""
+            above = f"{grid.checkpoints.rate_title(rate)}\n" if grid.several_rates else ""
             ax.set_ylabel(f"{above}{noun} {down}")
 
 
 def _rate_and_seeds(grid: _Grid, note: str) -> list[str]:
     rates = grid.values["learning_rate"].values
-    return [note] if grid.several_rates else [rate_title(float(rates[0])), note]
+    return [note] if grid.several_rates else [grid.checkpoints.rate_title(float(rates[0])), note]
 
 
 def _title(figure: Figure, grid: _Grid, measure: str, line: str) -> None:

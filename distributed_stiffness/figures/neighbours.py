@@ -11,18 +11,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from distributed_stiffness.figures.checkpoints import details, rate_title, seeds_note, with_run_dims
+from distributed_stiffness.figures.checkpoints import Names, details, seeds_note, with_run_dims
 from distributed_stiffness.figures.curves import (
     DASHED,
-    MARKERS,
     SOLID,
-    STEPS,
     LineStyle,
     _lines,
     rate_colours,
+    rate_handles,
     step_axis,
 )
-from distributed_stiffness.figures.style import BANDS, heading, style
+from distributed_stiffness.figures.style import BANDS, heading, powers_of_ten, style
 
 _LINES: dict[str, LineStyle] = {"gram": SOLID, "cosine": DASHED}
 _KERNELS = {
@@ -77,7 +76,7 @@ def neighbour_curves(neighbours: xr.Dataset) -> Figure:
     panels = [panel for panel in _PANELS if _is_of(panel, measures)]
     columns = min(len(panels), 3 if len(panels) > 4 else 2)
     rows = -(-len(panels) // columns)
-    note = seeds_note(neighbours, None)
+    note, names = seeds_note(neighbours, None), Names.of(measures)
     with style():
         figure = Figure(figsize=(3.5 * columns + 0.4, 2.3 * rows + 1.6), layout="constrained")
         axes = figure.subplots(rows, columns, sharex=True, squeeze=False)
@@ -86,14 +85,16 @@ def neighbour_curves(neighbours: xr.Dataset) -> Figure:
         for ax in axes.flat[len(panels) :]:
             ax.remove()
         drawn = axes.ravel()[: len(panels)]
-        step_axis(drawn, measures["iteration"].values)
+        step_axis(drawn, measures["iteration"].values, names)
+        for ax in drawn[:-columns]:
+            ax.set_xlabel("")
         for ax in drawn[-columns:]:
             ax.tick_params(labelbottom=True)
-            ax.set_xlabel(STEPS if ax.get_xscale() != "linear" else STEPS.partition(",")[0])
-        _legend(figure, measures)
+        _legend(figure, measures, names)
+        over = " over training" if measures.sizes["iteration"] > 1 else ""
         heading(
             figure,
-            "Neighbours of stiffness over training",
+            f"Neighbours of stiffness{over}",
             details(neighbours, f"{note} (thin: each)" if note else "", BANDS),
         )
     return figure
@@ -129,6 +130,7 @@ def _draw(ax: Axes, measures: xr.Dataset, panel: _Panel) -> None:
 def _plain_ticks(ax: Axes) -> None:
     """Write numbers as they are on a logarithmic axis that spans less than two decades."""
     low, high = ax.get_ylim()
+    powers_of_ten(ax.yaxis)
     if high < 100 * low:
         ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         ax.yaxis.set_major_formatter(ScalarFormatter())
@@ -148,12 +150,8 @@ def _bands(ax: Axes, values: xr.DataArray, error: xr.DataArray, *, positive: boo
         ax.fill_between(steps, low, mean[k] + width[k], color=colour, alpha=0.2, linewidth=0)
 
 
-def _legend(figure: Figure, measures: xr.Dataset) -> None:
-    rates = measures["learning_rate"].values
-    handles = [
-        Line2D([], [], color=colour, marker=MARKERS[k % len(MARKERS)], label=rate_title(rate))
-        for k, (rate, colour) in enumerate(zip(rates, rate_colours(len(rates)), strict=True))
-    ]
+def _legend(figure: Figure, measures: xr.Dataset, names: Names) -> None:
+    handles = rate_handles(measures["learning_rate"].values, names)
     handles += [
         Line2D(
             [],

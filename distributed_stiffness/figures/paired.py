@@ -8,13 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from distributed_stiffness.figures.checkpoints import details, of_seed, rate_title, seeds_note
+from distributed_stiffness.figures.checkpoints import Names, details, of_seed, seeds_note
 from distributed_stiffness.figures.curves import (
     MARKERS,
     MEANS,
     RELATIONS,
     SOLID,
-    STEPS,
     line_handles,
     step_axis,
 )
@@ -40,34 +39,33 @@ def paired_figure(paired: xr.Dataset, seed: int | None = None) -> Figure:
         DataError: there is no such seed.
     """
     note = seeds_note(paired, seed)
-    names = [str(name) for name in paired["study_name"].values]
-    paired = of_seed(paired, seed)
+    studies = [str(name) for name in paired["study_name"].values]
+    names, paired = Names.of(paired), of_seed(paired, seed)
     rates = paired["learning_rate"].values
     heights = [1.6, 1.0] * len(rates)
     with style():
         figure = Figure(figsize=(9.6, 4.0 * len(rates) + 1.0), layout="constrained")
         axes = figure.subplots(len(heights), 2, sharex=True, height_ratios=heights)
         for k, rate in enumerate(rates):
-            of_rate = f", {rate_title(float(rate))}" if len(rates) > 1 else ""
+            of_rate = f", {names.rate_title(float(rate))}" if len(rates) > 1 else ""
             at = paired.isel(learning_rate=k)
             for above, below, measure in zip(*axes[2 * k : 2 * k + 2], MEANS, strict=True):
                 _curves(above, at, measure)
                 above.set_title(f"{measure.capitalize()} stiffness{of_rate}")
                 _difference(below, at, measure)
-                below.set_title(f"{names[0].capitalize()} minus {names[1]}")
-        step_axis(axes[-1], paired["iteration"].values)
-        for ax in axes[-1]:
-            ax.set_xlabel(STEPS)
+                below.set_title(f"{studies[0][:1].upper()}{studies[0][1:]} minus {studies[1]}")
+        step_axis(axes[-1], paired["iteration"].values, names)
         handles = [
             Line2D([], [], color=_COLOURS[k], marker=MARKERS[k], label=name)
-            for k, name in enumerate(names)
+            for k, name in enumerate(studies)
         ]
         handles += line_handles(RELATIONS)
         figure.legend(handles=handles, loc="outside lower center", ncols=4)
-        rate = "" if len(rates) > 1 else rate_title(float(rates[0]))
+        over = " over training" if paired.sizes["iteration"] > 1 else ""
+        rate = "" if len(rates) > 1 else names.rate_title(float(rates[0]))
         heading(
             figure,
-            f"Stiffness over training: {names[0]} against {names[1]}",
+            f"Stiffness{over}: {studies[0]} against {studies[1]}",
             details(paired, rate, note, BANDS),
         )
     return figure

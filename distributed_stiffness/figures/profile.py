@@ -16,9 +16,9 @@ from distributed_stiffness.analysis import (
 )
 from distributed_stiffness.errors import DataError
 from distributed_stiffness.figures.checkpoints import (
+    Names,
     details,
     of_seed,
-    rate_title,
     seeds_note,
     stages,
 )
@@ -61,7 +61,7 @@ def profiles(
     if relation not in _RELATIONS:
         raise DataError(f"relation is {relation!r}: expected one of {', '.join(_RELATIONS)}")
     profile, length = _computed(ds, relation, length)
-    note = seeds_note(profile, seed)
+    note, names = seeds_note(profile, seed), Names.of(profile)
     if length is not None:
         length = of_seed(length, seed)
     profile = of_seed(profile, seed)
@@ -80,13 +80,16 @@ def profiles(
         for row, rate in enumerate(rates):
             for ax, measure in zip(axes[row], ("sign", "cosine"), strict=True):
                 at = {"learning_rate": row}
-                _panel(ax, shown.sel(relation=relation).isel(at), crossing.isel(at), measure)
+                of = shown.sel(relation=relation).isel(at)
+                _panel(ax, of, crossing.isel(at), measure, names)
                 title = f"{measure.capitalize()} stiffness"
-                ax.set_title(f"{title}, {rate_title(float(rate))}" if len(rates) > 1 else title)
+                ax.set_title(
+                    f"{title}, {names.rate_title(float(rate))}" if len(rates) > 1 else title
+                )
         distance = str(profile["distance_bin"].attrs.get("long_name", "distance"))
         for ax in axes[-1]:
             ax.set_xlabel(f"{distance} (grey: number of pairs)")
-        rate = "" if len(rates) > 1 else rate_title(float(rates[0]))
+        rate = "" if len(rates) > 1 else names.rate_title(float(rates[0]))
         heading(
             figure,
             f"Stiffness against {_short(distance)}, {_RELATIONS[relation]}",
@@ -111,7 +114,7 @@ def _computed(
     return profile, length or made
 
 
-def _panel(ax: Axes, profile: xr.Dataset, length: xr.Dataset, measure: str) -> None:
+def _panel(ax: Axes, profile: xr.Dataset, length: xr.Dataset, measure: str, names: Names) -> None:
     ax.use_sticky_edges = False  # room below 0 for the marks, though the shading starts there
     _pairs(ax, profile)
     ax.axhline(0, color="0.35", linewidth=0.8)
@@ -122,7 +125,8 @@ def _panel(ax: Axes, profile: xr.Dataset, length: xr.Dataset, measure: str) -> N
         at = profile.isel(iteration=k)
         values, error = _drawn(at, measure)
         known = _length_label(length.isel(iteration=k), measure)
-        label = f"step {step:,}{known if values.notnull().any() else ', no pairs yet'}"
+        parts = names.step_title(step), known if values.notnull().any() else "no pairs yet"
+        label = ", ".join(part for part in parts if part)
         ax.plot(at["distance_bin"], values, marker="o", ms=3, color=colours[k], label=label)
         if error is not None:
             band(ax, at["distance_bin"].values, values.values, error.values, colours[k])
@@ -158,14 +162,14 @@ def _pairs(ax: Axes, profile: xr.Dataset) -> None:
 def _length_label(length: xr.Dataset, measure: str) -> str:
     value = float(length[f"{measure}_length"])
     if not np.isfinite(value):
-        return ", no ξ"
+        return "no ξ"
     if not bool(length[f"{measure}_inside"]):
-        return ", ξ outside"
+        return "ξ outside"
     error = float(length.get(f"{measure}_length_error", np.nan))
     if not np.isfinite(error):
-        return f", ξ = {value:.2f}"
+        return f"ξ = {value:.2f}"
     digits = 2 if error >= 0.005 else 3
-    return f", ξ = {value:.{digits}f} ± {error:.{digits}f}"
+    return f"ξ = {value:.{digits}f} ± {error:.{digits}f}"
 
 
 def _mark(ax: Axes, length: xr.Dataset, measure: str, colour: np.ndarray) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from distributed_stiffness.errors import DataError
 
@@ -24,11 +29,42 @@ MEANING = {
 BANDS = "bands: ± one standard error over examples"
 
 
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
 @contextmanager
 def style() -> Iterator[None]:
     """Make and save figures in the project's style."""
-    with matplotlib.rc_context(fname=_STYLE):
+    with matplotlib.rc_context(fname=_STYLE), warnings.catch_warnings():
+        # A name may have a sign that no font here has: a box stands for it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
+
+
+def in_one_line(name: str) -> str:
+    """Return a name as it can be drawn and printed: ↵ for the end of a line, � for what is no sign.
+
+    All else stays as it was given; that a dollar begins no formula is a matter of the style.
+    """
+    return "".join(
+        char
+        if category(char) not in ("Cc", "Cs")
+        else "↵"
+        if char == "\n"
+        else "\N{REPLACEMENT CHARACTER}"
+        for char in name
+    )
+
+
+def powers_of_ten(axis: Axis) -> None:
+    """Write 10⁻² on a logarithmic axis: matplotlib would write a formula, and none is read."""
+
+    def text(value: float, _: int | None = None) -> str:
+        exponent = round(math.log10(value)) if value > 0 else 0
+        return f"10{str(exponent).translate(_RAISED)}" if value == 10.0**exponent else ""
+
+    axis.set_major_formatter(FuncFormatter(text))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -11,13 +11,12 @@ from matplotlib.figure import Figure
 
 from distributed_stiffness.analysis import teaching_extremes
 from distributed_stiffness.figures.checkpoints import (
+    Names,
     details,
     of_seed,
-    rate_title,
     seeds_note,
-    stage_title,
 )
-from distributed_stiffness.figures.style import heading, require_measure, style
+from distributed_stiffness.figures.style import heading, in_one_line, require_measure, style
 
 PLACES = 10
 _STRIPS = tuple((relation, end) for relation in ("within", "between") for end in ("most", "least"))
@@ -50,7 +49,7 @@ def teaching_examples(
         DataError: there is no such seed or measure.
     """
     require_measure(measure)
-    note = seeds_note(teaching, seed)
+    note, names = seeds_note(teaching, seed), Names.of(teaching)
     of_rates = of_seed(teaching, seed)
     shown = [_of_rate(of_rates.isel(learning_rate=k), measure) for k in range(_n_rates(of_rates))]
     wanted = np.unique(np.concatenate([position.ravel() for _, position in shown]))
@@ -64,8 +63,9 @@ def teaching_examples(
         blocks = np.atleast_1d(np.asarray(figure.subfigures(len(shown), 1, squeeze=False))).ravel()
         for block, (at, position) in zip(blocks, shown, strict=True):
             axes = block.subplots(len(_STRIPS), PLACES, squeeze=False)
-            when = stage_title(at[measure]).replace("\n", ", ")
-            block.suptitle(f"{rate_title(float(at['learning_rate']))}, {when}", fontsize=9)
+            parts = [names.rate_title(float(at["learning_rate"])), names.stage_title(at[measure])]
+            if any(parts):
+                block.suptitle(", ".join(p.replace("\n", ", ") for p in parts if p), fontsize=9)
             for strip, row in enumerate(axes):
                 _strip(row, at, position[strip], strip, measure, by_position)
         _heading(figure, of_rates, measure, note)
@@ -116,7 +116,7 @@ def _example(
 ) -> None:
     one = at.isel(example=position)
     number = int(one["index"]) if "index" in one.coords else one["example"].item()
-    name = str(one["class_name"].item())
+    name = in_one_line(str(one["class_name"].item()))
     short = name if len(name) <= 14 else f"{name[:13]}…"
     mean = f"{value:+.{2 if abs(value) >= 0.1 else 3}f}".replace("-", "−")
     if picture is None:

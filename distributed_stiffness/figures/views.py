@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from distributed_stiffness.figures.teaching import teaching_examples
 
 # Sections of the report.
 CLASSES = "Classes"
-TRAINING = "Over training"
+TRAINING, MEANS = "Over training", "Means"
 DISTANCE = "Input distance"
 NEIGHBOURS = "Neighbouring measures"
 EXAMPLES = "Single examples"
@@ -39,6 +39,7 @@ class View:
     draw: Callable[[Any], Figure]  # of a summary that has what it needs
     needs: str = "class_matrix"  # the field of a summary without which there is no such figure
     in_report: bool = True
+    alone: Mapping[str, Any] = field(default_factory=dict)  # fields of it where one step is there
     section: str = "More views"  # of the report; sections come in the order of their first views
 
     @property
@@ -49,6 +50,11 @@ class View:
     def is_of(self, numbers: Summary) -> bool:
         """Whether a study has the numbers for it."""
         return getattr(numbers, self.needs) is not None
+
+    def of(self, numbers: Summary) -> View:
+        """Return the view as a study shows it: over training only where there are several steps."""
+        one_step = numbers.curves.sizes.get("iteration", 1) == 1
+        return replace(self, **self.alone) if one_step else self
 
 
 _DISTANCE = (
@@ -106,6 +112,12 @@ VIEWS: Mapping[str, View] = {
             " over-fitting.",
             draw=lambda numbers: stiffness_curves(numbers.within_between, numbers.curves),
             section=TRAINING,
+            alone={
+                "section": MEANS,
+                "title": "Stiffness, loss and accuracy",
+                "caption": "Above, the means within and between classes, each ± one standard error"
+                " over examples; below, loss and accuracy.",
+            },
         ),
         View(
             name="split_blocks",
@@ -117,6 +129,7 @@ VIEWS: Mapping[str, View] = {
             draw=lambda numbers: block_curves(numbers.blocks),
             needs="blocks",
             section=TRAINING,
+            alone={"section": MEANS},
         ),
         View(
             name="equal_loss",
@@ -140,6 +153,7 @@ VIEWS: Mapping[str, View] = {
             draw=lambda numbers: paired_figure(numbers.paired),
             needs="paired",
             section=TRAINING,
+            alone={"section": MEANS},
         ),
         View(
             name="distance_profile",
@@ -171,18 +185,19 @@ VIEWS: Mapping[str, View] = {
             name="neighbours",
             title="Neighbouring measures over training",
             caption="Gradient coherence, m-coherence, diversity, signal to noise, effective rank,"
-            " alignment with the labels, and confusion where pairs are stored. Solid lines are"
-            " of products of gradients, as their authors define them, in which large gradients"
-            " count for more; dashed ones of cosines. Where the two part, a few examples with large"
-            " gradients decide.",
+            " alignment with the labels, and confusion where pairs are stored. Solid lines and dots"
+            " are of products of gradients, as their authors define them, in which large gradients"
+            " count for more; dashed lines and open dots of cosines. Where the two part, a few"
+            " examples with large gradients decide.",
             draw=lambda numbers: neighbour_curves(numbers.neighbours),
             needs="neighbours",
+            alone={"title": "Neighbouring measures"},
             section=NEIGHBOURS,
         ),
         View(
             name="spectrum",
             title="Spectrum of the loss-gradient kernel",
-            caption="The largest eigenvalues as shares of their sum, at the stages of training. A"
+            caption="The largest eigenvalues as shares of their sum. A"
             " step down after one less than the number of classes says that the gradients know"
             " their labels and little more; a long tail, that each example has a direction of its"
             " own. The effective rank is the exponential of the shares' entropy.",
@@ -194,7 +209,8 @@ VIEWS: Mapping[str, View] = {
             name="teaching_examples",
             title="Examples that teach most and conflict most",
             caption="The examples whose mean cosine with their own class, and with the other"
-            " classes, is highest and lowest at the last step, with their position in the data set"
+            " classes, is highest and lowest (at the last step, where there are several), with"
+            " their position in the data set"
             " and that mean. Below 0, a step on the example raises the others' loss on average."
             " Without the data set at hand there are no pictures.",
             draw=lambda numbers: teaching_examples(

@@ -4,7 +4,7 @@ const line = (fields) =>
   fields
     .map((field) => {
       const text = field === null || field === undefined ? "" : String(field);
-      return /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+      return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
     })
     .join(",");
 

@@ -2,43 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Hashable, Mapping
 from typing import Any
 
+import numpy as np
 import xarray as xr
 
+from distributed_stiffness import data
 from distributed_stiffness.analysis import Summary
-from distributed_stiffness.figures.checkpoints import rate_title, with_run_dims
+from distributed_stiffness.attributes import decoded
+from distributed_stiffness.certainty import allowed_error
+from distributed_stiffness.figures.checkpoints import RUN, Names, with_run_dims
 from distributed_stiffness.report.words import bound, counted, percent
 
 
 def evidence(numbers: Summary) -> dict[str, str]:
     """Return what was checked and what came of it, a sentence each."""
-    curves = with_run_dims(numbers.curves)
+    curves, names = with_run_dims(numbers.curves), Names.of(numbers.curves)
+    attrs = decoded(numbers.attrs)
     said = {
-        "Error bound of a cosine": _error_bound(curves),
-        "Undecided signs": _undecided(curves),
-        "All pairs at once": _whole_matrix(numbers.attrs.get("whole_matrix_check")),
+        "Error bound of a cosine": _error_bound(curves, names),
+        "Undecided signs": _undecided(curves, names),
+        "All pairs at once": _whole_matrix(attrs.get("whole_matrix_check"), names),
         "Gradients of zero": _zero_gradients(curves, int(numbers.sizes["example"])),
         "Missing pairs": _missing(numbers.class_matrix),
-        "Files of the data": _files(numbers.attrs.get("dataset_verified")),
+        "Files of the data": _files(attrs),
     }
     return {name: text for name, text in said.items() if text}
 
 
-def _error_bound(curves: xr.Dataset) -> str:
+def uncertain(numbers: Summary) -> list[str]:
+    """Warn of each checkpoint whose error bound is above what is allowed, in a line."""
+    curves, names = with_run_dims(numbers.curves), Names.of(numbers.curves)
+    if "error_bound" not in curves:
+        return []
+    allowed = allowed_error(_precision(numbers.attrs))
+    overridden = " It was let pass (--allow-error)." if numbers.attrs.get("allow_error") else ""
+    values = curves["error_bound"].transpose(*RUN)
+    lines = []
+    for place in np.argwhere((values > allowed).values):
+        at = values.isel(dict(zip(RUN, place.tolist(), strict=True)))
+        where = names.place(at.coords)
+        lines.append(
+            f"WARNING: the error bound of a cosine{' at ' * bool(where)}{where} is"
+            f" {bound(float(at))}, above the {allowed:g} that is allowed: cosines and signs, and"
+            f" what follows from them, may be wrong there.{overridden}"
+        )
+    return lines
+
+
+def _precision(attrs: Mapping[Hashable, Any]) -> str:
+    try:
+        return str(json.loads(attrs["study"])["gradients"]["precision"])
+    except (KeyError, TypeError, ValueError):  # a store of others
+        return ""
+
+
+def _error_bound(curves: xr.Dataset, names: Names) -> str:
     if "error_bound" not in curves or not curves["error_bound"].notnull().any():
         return "not determined yet"
     values = curves["error_bound"]
     worst = values.isel(values.fillna(-1.0).argmax(...))
+    text = bound(float(worst))
+    if values.size > 1:
+        text = (
+            f"at most {text} ({names.place(worst.coords)}), median {bound(float(values.median()))}"
+        )
     return (
-        f"at most {bound(float(worst))} ({_place(worst)}), median"
-        f" {bound(float(values.median()))}: five times the largest difference from one-example"
-        f" float64 gradients over a sample of pairs{_unchecked(values)}."
+        f"{text}: the largest difference from one-example float64 gradients over a sample of"
+        f" pairs, times a margin{_unchecked(values)}."
     )
 
 
-def _undecided(curves: xr.Dataset) -> str:
+def _undecided(curves: xr.Dataset, names: Names) -> str:
     if "undecided_share" not in curves or not curves["undecided_share"].notnull().any():
         return ""
     share = curves["undecided_share"]
@@ -46,9 +83,12 @@ def _undecided(curves: xr.Dataset) -> str:
     if float(worst) == 0:
         return f"none: no cosine lies within its error bound of 0{_unchecked(share)}."
     n = int(curves["undecided"].sel({dim: worst[dim] for dim in share.dims}))
+    most, where = "", ""
+    if share.size > 1:
+        most, where = " at most", f", {names.place(worst.coords)}"
     return (
-        f"{counted(n, 'pair', 'pairs')} at most ({percent(float(worst))} of all, {_place(worst)}):"
-        f" their cosine lies within its error bound of 0{_unchecked(share)}."
+        f"{counted(n, 'pair', 'pairs')}{most} ({percent(float(worst))} of all{where}): their cosine"
+        f" lies within its error bound of 0{_unchecked(share)}."
     )
 
 
@@ -57,12 +97,12 @@ def _unchecked(values: xr.DataArray) -> str:
     return f"; {counted(n, 'checkpoint is', 'checkpoints are')} not checked yet" if n else ""
 
 
-def _whole_matrix(check: Any) -> str:
+def _whole_matrix(check: Any, names: Names) -> str:
     if not isinstance(check, Mapping):
         return "not compared yet; it is done once the last checkpoint is complete."
-    at = f"{rate_title(check['learning_rate'])}, seed {check['seed']}, step {check['iteration']:,}"
+    where = names.place(check)
     return (
-        f"at one checkpoint ({at}) the mean cosines of"
+        f"{f'at one checkpoint ({where}) ' if where else ''}the mean cosines of"
         f" {counted(check['classes'], 'class', 'classes')}"
         f" ({counted(check['examples'], 'example', 'examples')}) over all stored pairs are within"
         f" {bound(check['largest_difference'])} of those from sums of float64 gradients, which need"
@@ -80,17 +120,13 @@ def _zero_gradients(curves: xr.Dataset, n: int) -> str:
 def _missing(matrix: xr.Dataset) -> str:
     missing, pairs = int(matrix["missing"].sum()), int(matrix["pairs"].sum())
     if not missing:
-        return "none: the matrix is complete at every checkpoint."
+        one = with_run_dims(matrix)["missing"].isel(class_name=0, other_class_name=0).size == 1
+        return f"none: the matrix is complete{'' if one else ' at every checkpoint'}."
     return f"{missing:,} ({percent(missing / (missing + pairs))}) are not computed yet."
 
 
-def _files(verified: Any) -> str:
-    if verified is None:
+def _files(attrs: Mapping[str, Any]) -> str:
+    """Say whether files are the published ones, of data that are published."""
+    if attrs.get("dataset") not in data.NAMES or "dataset_verified" not in attrs:
         return ""
-    return "have the published checksums." if verified else "do not have the published checksums."
-
-
-def _place(at: xr.DataArray) -> str:
-    """Name a checkpoint."""
-    seed = f", seed {int(at['seed'])}" if "seed" in at.coords else ""
-    return f"{rate_title(float(at['learning_rate']))}{seed}, step {int(at['iteration']):,}"
+    return f"{'have' if attrs['dataset_verified'] else 'do not have'} the published checksums."

@@ -6,51 +6,63 @@ import numpy as np
 import xarray as xr
 
 from distributed_stiffness.analysis import Summary, over_seeds
-from distributed_stiffness.figures.checkpoints import of_seed, rate_title, with_run_dims
-from distributed_stiffness.report.words import counted, measured, number, percent
+from distributed_stiffness.figures.checkpoints import Names, of_seed, with_run_dims
+from distributed_stiffness.figures.style import in_one_line
+from distributed_stiffness.report.evidence import uncertain
+from distributed_stiffness.report.words import counted, joined, measured, number, percent, sentence
 
 # Sign stiffness nearer to 0 than this is called no effect: 1 pair in 20.
 SMALL = 0.05
 # A difference is claimed only where it is larger than so many of its errors.
 ERRORS = 2
+_WHERE = {"within": "within a class", "between": "between classes"}
+_WHOSE = {"within": "of one class", "between": "of different classes"}
 
 
 def findings(summary: Summary) -> list[str]:
     """Say in a few sentences what a study shows; means over seeds where there are several.
 
-    For each learning rate, the first and the last iteration that are computed are compared; then
-    come whether classes and super-classes can be told from chance, the classes that stand out, and
-    the critical length. What ± means and what limits the numbers (missing or undecided pairs, zero
-    gradients) comes last.
+    Checkpoints whose cosines are not certain come first. For each learning rate, the first and the
+    last iteration that are computed are compared; then come whether classes and super-classes can
+    be told from chance, the classes that stand out, and the critical length. What ± means and what
+    limits the numbers (missing or undecided pairs, zero gradients) comes last.
     """
     relations = of_seed(summary.within_between, None)
     matrices = of_seed(summary.class_matrix, None)
     n_seeds = with_run_dims(summary.within_between).sizes["seed"]
-    lines = []
+    names, lines = Names.of(summary.curves), uncertain(summary)
     for rate in relations["learning_rate"].values:
-        one = relations.sel(learning_rate=rate)
-        name = rate_title(rate).capitalize() + (
-            f" (mean of {n_seeds} seeds)" if n_seeds > 1 else ""
-        )
-        done = one["iteration"].values[one["sign"].notnull().all("relation")]
+        one, name = relations.sel(learning_rate=rate), names.rate_title(rate)
+        if n_seeds > 1:
+            seeds = f"mean of {n_seeds} seeds"
+            name = f"{name} ({seeds})" if name else seeds
+        done = one["iteration"].values[one["sign"].notnull().any("relation")]
         if not done.size:
-            lines.append(f"{name}: no checkpoint is computed yet.")
+            lines.append(sentence(name, "no checkpoint is computed yet."))
             continue
-        lines.append(f"{name}, {_within_between(one, done)}")
-        last = {"learning_rate": rate, "iteration": done[-1]}
-        at = f"{rate_title(rate).capitalize()}, step {done[-1]:,}: "
-        more = _gap(relations.sel(last)) + _class_pairs(matrices.sel(last))
+        first, last = (one.sel(iteration=done[k]) for k in (0, -1))
+        when = _when(last, names)
+        if len(done) > 1:
+            when = f"from {_when(first, names)} to {when}"
+        lines.append(sentence(joined(name, when), _within_between(first, last, names)))
+        at = joined(names.rate_title(rate), names.step_title(done[-1]))
+        end = {"learning_rate": rate, "iteration": done[-1]}
+        more = _gap(relations.sel(end)) + _class_pairs(matrices.sel(end))
         if summary.superclass_contrast is not None:
-            more += _superclasses(of_seed(summary.superclass_contrast, None).sel(last))
+            more += _superclasses(of_seed(summary.superclass_contrast, None).sel(end))
         if summary.critical_length is not None:
-            more += _critical_length(with_run_dims(summary.critical_length).sel(last))
-        lines += [at + line for line in more]
-    return [*lines, errors_note(n_seeds), *limits(summary)]
+            more += _critical_length(with_run_dims(summary.critical_length).sel(end))
+        lines += [sentence(at, line) for line in more]
+    return [*lines, errors_note(summary), *limits(summary)]
 
 
-def errors_note(n_seeds: int) -> str:
+def errors_note(summary: Summary) -> str:
     """Say what ± means."""
-    note = "Numbers are given ± one standard error, by jackknife over examples, of these networks"
+    sizes = with_run_dims(summary.within_between).sizes
+    n_seeds = sizes["seed"]
+    alone = sizes["learning_rate"] * n_seeds * sizes["iteration"] == 1
+    of = "this network" if alone else "these networks"
+    note = f"Numbers are given ± one standard error, by jackknife over examples, of {of}"
     return note + (
         "; in brackets is the standard error over seeds, of training." if n_seeds > 1 else "."
     )
@@ -65,7 +77,7 @@ def limits(summary: Summary) -> list[str]:
         lines.append(f"{percent(share)} of the pairs are not computed yet and left out.")
     curves = summary.curves
     if "undecided_share" in curves and curves["undecided_share"].notnull().any():
-        lines.append(_undecided(curves))
+        lines.append(_undecided(curves, Names.of(curves)))
     if "zero_gradients" in curves and (worst := int(curves["zero_gradients"].max())):
         lines.append(
             f"Up to {counted(worst, 'example has', 'examples have')} a gradient of zero: sign 0"
@@ -87,20 +99,18 @@ def effect(value: float, error: float = 0.0) -> str:
     return f"{'nearly always' if abs(value) > 0.9 else 'mostly'} {verb} each other"
 
 
-def _within_between(one: xr.Dataset, done: np.ndarray) -> str:
-    """Compare the first and the last iteration that are computed."""
-    first, last = one.sel(iteration=done[0]), one.sel(iteration=done[-1])
-    within, between = (_effect(last.sel(relation=r)) for r in ("within", "between"))
-    when = _when(last) if len(done) == 1 else f"from {_when(first)} to {_when(last)}"
+def _within_between(first: xr.Dataset, last: xr.Dataset, names: Names) -> str:
+    """Compare the first and the last iteration that are computed, where there are such pairs."""
+    known = [r for r in _WHERE if np.isfinite(last["sign"].sel(relation=r))]
     parts = [
-        f"{measure} stiffness within a class {_change(first, last, measure, 'within')},"
-        f" between classes {_change(first, last, measure, 'between')}"
+        f"{measure} stiffness "
+        + joined(*(f"{_WHERE[r]} {_change(first, last, measure, r)}" for r in known))
         for measure in ("sign", "cosine")
     ]
-    return (
-        f"{when}: {'; '.join(parts)}. At step {done[-1]:,} two examples of one class"
-        f" {within}, and two of different classes {between}."
-    )
+    step = names.step_title(float(last["iteration"]))
+    effects = ", and ".join(f"two {_WHOSE[r]} {_effect(last.sel(relation=r))}" for r in known)
+    effects = effects.replace("two ", "two examples ", 1)
+    return f"{'; '.join(parts)}. {sentence('', f'at {step} {effects}' if step else effects)}."
 
 
 def _effect(at: xr.Dataset) -> str:
@@ -134,16 +144,16 @@ def _change(first: xr.Dataset, last: xr.Dataset, measure: str, relation: str) ->
     return after if int(first["iteration"]) == int(last["iteration"]) else f"{before} → {after}"
 
 
-def _when(at: xr.Dataset) -> str:
-    step = int(at["iteration"])
+def _when(at: xr.Dataset, names: Names) -> str:
+    step, accuracy = names.step_title(float(at["iteration"])), ""
     if "validation_accuracy" in at.coords and np.isfinite(at["validation_accuracy"]):
-        return f"step {step:,} (validation accuracy {percent(float(at['validation_accuracy']))})"
-    return f"step {step:,}"
+        accuracy = f"validation accuracy {percent(float(at['validation_accuracy']))}"
+    return f"{step} ({accuracy})" if step and accuracy else step or accuracy
 
 
 def _class_pairs(matrix: xr.Dataset) -> list[str]:
     """Name the stiffest and the least stiff class, and the pairs of classes that stand out."""
-    sign, names = matrix["sign"].values, [str(name) for name in matrix["class_name"].values]
+    sign, names = matrix["sign"].values, [in_one_line(str(n)) for n in matrix["class_name"].values]
     if len(names) < 3 or sign.shape[0] != sign.shape[1] or not np.isfinite(sign).all():
         return []
     within = np.diag(sign)
@@ -229,7 +239,7 @@ def interval_text(at: xr.Dataset, measure: str) -> str:
     return f"{low} to {high}"
 
 
-def _undecided(curves: xr.Dataset) -> str:
+def _undecided(curves: xr.Dataset, names: Names) -> str:
     share = curves["undecided_share"]
     worst = float(share.max())
     unchecked = int(share.isnull().sum())
@@ -237,17 +247,21 @@ def _undecided(curves: xr.Dataset) -> str:
         return (
             "No cosine lies within its error bound of 0, so every sign is certain"
             + (
-                f", at the checkpoints that were checked ({unchecked} were not)"
+                f", at the checkpoints that were checked ({unchecked:,} {'was' if unchecked == 1 else 'were'} not)"
                 if unchecked
                 else ""
             )
             + "."
         )
     at = share.isel(share.fillna(-1.0).argmax(...))
-    share_text = percent(worst)
-    share_text = share_text.capitalize() if share_text.startswith("less") else f"Up to {share_text}"
-    return (
+    share_text, most = percent(worst), ""
+    if share.size > 1:
+        share_text = share_text if share_text.startswith("less") else f"up to {share_text}"
+        most = names.place(
+            {dim: at[dim] for dim in ("iteration", "learning_rate") if dim in at.coords}
+        )
+    return sentence(
+        "",
         f"{share_text} of all pairs have a cosine within its error bound of 0, so that their sign"
-        f" is open (most at step {int(at['iteration']):,},"
-        f" {rate_title(float(at['learning_rate']))})."
+        f" is open{f' (most at {most})' if most else ''}.",
     )

@@ -338,7 +338,8 @@ function explore(data) {
     const seed = data.several_seeds ? [`seed: ${data.seeds[chosen.seed]}`] : [];
     element("checkpoint").textContent = said.title;
     element("checkpoint-means").textContent = [said[chosen.measure], said.exact, ...seed].filter(Boolean).join("; ");
-    canvas.setAttribute("aria-label", `${matrix().title}, ${data.meaning[chosen.measure]}, ${said.title}`);
+    const label = [matrix().title, data.meaning[chosen.measure], said.title].filter(Boolean).join(", ");
+    canvas.setAttribute("aria-label", label);
     for (const dim of dims) {
       const text = data[`${dim}s`][chosen[dim]];
       element(`chosen-${dim}`).textContent = text;
@@ -449,6 +450,7 @@ function explore(data) {
     slider.max = data[dim].length - 1;
     slider.value = chosen[dim];
     slider.hidden = data[dim].length < 2;
+    slider.parentElement.hidden = !data[`${dim}s`].some(Boolean); // it was not given
     slider.addEventListener("input", () => {
       chosen[dim] = Number(slider.value);
       show();

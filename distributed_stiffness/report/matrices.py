@@ -14,7 +14,7 @@ import numpy as np
 import xarray as xr
 
 from distributed_stiffness.analysis import Summary
-from distributed_stiffness.figures.checkpoints import of_seed, stage_title, with_run_dims
+from distributed_stiffness.figures.checkpoints import Names, of_seed, with_run_dims
 from distributed_stiffness.figures.heatmap import (
     COLOURS,
     MOST_NAMES,
@@ -89,7 +89,7 @@ def _left_out(shown: _Shown, seeds: list[int], n_steps: int) -> str:
 
 
 def _content(numbers: Summary, shown: _Shown) -> dict[str, Any]:
-    matrix = with_run_dims(numbers.class_matrix)
+    matrix, names = with_run_dims(numbers.class_matrix), Names.of(numbers.curves)
     many = matrix.sizes["seed"] > 1
     first, _, second = str(matrix.attrs.get("splits", "")).partition("-")
     matrices = [_matrix(numbers.class_matrix, "class_name", "Classes", shown)]
@@ -104,14 +104,18 @@ def _content(numbers: Summary, shown: _Shown) -> dict[str, Any]:
         "meaning": MEANING,
         "splits": [first, second] if first != second else None,
         "learning_rate": matrix["learning_rate"].values.tolist(),
-        "learning_rates": [rate_in_words(rate) for rate in matrix["learning_rate"].values],
+        # What was not given is empty, and not shown.
+        "learning_rates": [
+            rate_in_words(rate) if names.rate else "" for rate in matrix["learning_rate"].values
+        ],
         "seed": ["mean" if seed is None else seed for seed in shown.seeds],
         "seeds": [
-            f"mean of {matrix.sizes['seed']}" if seed is None else str(seed) for seed in shown.seeds
+            f"mean of {matrix.sizes['seed']}" if seed is None else str(seed) if names.seed else ""
+            for seed in shown.seeds
         ],
         "several_seeds": many,
         "iteration": steps.tolist(),
-        "iterations": [f"{step:,}" for step in steps],
+        "iterations": [f"{step:,}" if names.step else "" for step in steps],
         "checkpoints": _checkpoints(numbers, shown),
         "matrices": matrices,
     }
@@ -128,7 +132,7 @@ def _colours() -> list[str]:
 def _checkpoints(numbers: Summary, shown: _Shown) -> list[dict[str, str]]:
     """Say of each checkpoint when it was, what its means are and how exact it is."""
     relations = [of_seed(numbers.within_between, seed) for seed in shown.seeds]
-    curves = with_run_dims(numbers.curves)
+    curves, names = with_run_dims(numbers.curves), Names.of(numbers.curves)
     texts = []
     for rate in range(curves.sizes["learning_rate"]):
         for seed, of_this in zip(shown.seeds, relations, strict=True):
@@ -137,7 +141,7 @@ def _checkpoints(numbers: Summary, shown: _Shown) -> list[dict[str, str]]:
                 of_seeds = curves if seed is None else curves.sel(seed=[seed])
                 exact = _exactness(of_seeds.isel(learning_rate=rate, iteration=step))
                 means = {measure: _within_between(at, measure) for measure in MEASURES}
-                title = stage_title(at["sign"]).replace("\n", ", ")
+                title = names.stage_title(at["sign"]).replace("\n", ", ")
                 texts.append({"title": title, "exact": exact} | means)
     return texts
 

@@ -12,7 +12,13 @@ import numpy as np
 import xarray as xr
 
 from distributed_stiffness.analysis import Summary
-from distributed_stiffness.figures.checkpoints import of_seed, seeds_note, with_run_dims
+from distributed_stiffness.figures.checkpoints import (
+    RUN,
+    Names,
+    of_seed,
+    seeds_note,
+    with_run_dims,
+)
 from distributed_stiffness.report.findings import interval_text
 from distributed_stiffness.report.words import bound, measured, number, percent
 from distributed_stiffness.study import rate_in_words
@@ -59,9 +65,9 @@ def tables(numbers: Summary) -> list[Table]:
 
 def _stages(numbers: Summary) -> Table:
     """Within and between at every checkpoint, means over seeds."""
-    means = of_seed(numbers.within_between, None)
+    means, names = of_seed(numbers.within_between, None), Names.of(numbers.curves)
     rows = []
-    for place, at in _checkpoints(means):
+    for place, at in _checkpoints(means, names):
         cells = []
         for measure, digits in (("sign", 2), ("cosine", 3)):
             related = (at.sel(relation=r) for r in ("within", "between"))
@@ -73,7 +79,7 @@ def _stages(numbers: Summary) -> Table:
         name="stages",
         title="Stiffness within and between classes" + (f" ({seeds})" if seeds else ""),
         head=[
-            *_place_names(means),
+            *_place_names(means, names),
             *((f"{m}_{r}", f"{m}, {r}") for m in MEASURES for r in ("within", "between", "gap")),
             ("pairs", "pairs"),
         ],
@@ -85,10 +91,10 @@ def _lengths(numbers: Summary) -> Table | None:
     """ξ at every checkpoint, or None where there are no distances."""
     if numbers.critical_length is None:
         return None
-    length = with_run_dims(numbers.critical_length)
+    length, names = with_run_dims(numbers.critical_length), Names.of(numbers.curves)
     rows = [
         [*place, *(cell for measure in MEASURES for cell in _fit(at, measure))]
-        for place, at in _checkpoints(length)
+        for place, at in _checkpoints(length, names)
     ]
     columns = (("length", "ξ"), ("length_interval", "interval"), ("slope", "slope"))
     return Table(
@@ -99,7 +105,7 @@ def _lengths(numbers: Summary) -> Table | None:
         " Extrapolated: ξ lies outside the distances that occur. Not determined: the slope is not"
         " below zero by two of its errors, so there is no interval. A dash: too few pairs.",
         head=[
-            *_place_names(length),
+            *_place_names(length, names),
             *((f"{m}_{name}", f"{text}, {m}") for m in MEASURES for name, text in columns),
         ],
         rows=rows,
@@ -123,25 +129,26 @@ def _fit(at: xr.Dataset, measure: str) -> list[Cell]:
 
 def _training(numbers: Summary) -> Table | None:
     """Training curves at every checkpoint."""
-    curves = with_run_dims(numbers.curves)
-    there = {name: text for name, text in _CURVES.items() if name in curves}
+    curves, names = with_run_dims(numbers.curves), Names.of(numbers.curves)
+    known = [name for name in _CURVES if name in curves and curves[name].notnull().any()]
+    there = {name: _CURVES[name] for name in known}
     if not there:
         return None
     rows = [
         [*place, *(_number(float(at[name]), partial(number, digits=3)) for name in there)]
-        for place, at in _checkpoints(curves)
+        for place, at in _checkpoints(curves, names)
     ]
     return Table(
         name="training",
-        title="Training",
-        head=[*_place_names(curves), *there.items()],
+        title="Training" if names.trained_here else "Loss and accuracy",
+        head=[*_place_names(curves, names), *there.items()],
         rows=rows,
     )
 
 
 def _exactness(numbers: Summary) -> Table | None:
     """Error bounds, open signs and zero gradients of every checkpoint."""
-    curves = with_run_dims(numbers.curves)
+    curves, names = with_run_dims(numbers.curves), Names.of(numbers.curves)
     columns = {
         "error_bound": ("error bound of a cosine", bound),
         "undecided": ("undecided pairs", lambda n: f"{n:,.0f}" if n >= 0 else "–"),
@@ -153,7 +160,7 @@ def _exactness(numbers: Summary) -> Table | None:
         return None
     rows = [
         [*place, *(_number(float(at[name]), write) for name, (_, write) in there.items())]
-        for place, at in _checkpoints(curves)
+        for place, at in _checkpoints(curves, names)
     ]
     return Table(
         name="exactness",
@@ -161,7 +168,7 @@ def _exactness(numbers: Summary) -> Table | None:
         note="Undecided pairs have a cosine smaller than its error bound: their sign is not"
         " certain. An example with a gradient of zero has sign 0 with every other, and no part in"
         " cosine means.",
-        head=[*_place_names(curves), *((name, text) for name, (text, _) in there.items())],
+        head=[*_place_names(curves, names), *((name, text) for name, (text, _) in there.items())],
         rows=rows,
     )
 
@@ -170,17 +177,23 @@ def _share(value: float) -> str:
     return percent(value) if np.isfinite(value) else "–"
 
 
-def _place_names(ds: xr.Dataset) -> list[tuple[str, str]]:
-    names = {"learning_rate": "learning rate", "seed": "seed", "iteration": "step"}
-    return [(dim, text) for dim, text in names.items() if dim in ds.dims]
+def _place_names(ds: xr.Dataset, names: Names) -> list[tuple[str, str]]:
+    """Return the columns that say which checkpoint a row is of; none for what was not given."""
+    columns = [
+        ("learning_rate", "learning rate", names.rate),
+        ("seed", "seed", names.seed),
+        ("iteration", "step", names.step),
+    ]
+    return [(dim, text) for dim, text, given in columns if given and dim in ds.dims]
 
 
-def _checkpoints(ds: xr.Dataset) -> Iterator[tuple[list[Cell], xr.Dataset]]:
+def _checkpoints(ds: xr.Dataset, names: Names) -> Iterator[tuple[list[Cell], xr.Dataset]]:
     """Go through the checkpoints: cells that say which, and its numbers."""
-    dims = [dim for dim, _ in _place_names(ds)]
+    said = [dim for dim, _ in _place_names(ds, names)]
+    dims = [dim for dim in RUN if dim in ds.dims]
     for at in np.ndindex(*(ds.sizes[dim] for dim in dims)):
         one = ds.isel(dict(zip(dims, at, strict=True)))
-        yield [_place(dim, one[dim].item()) for dim in dims], one
+        yield [_place(dim, one[dim].item()) for dim in said], one
 
 
 def _place(dim: str, value: float) -> Cell:

@@ -45,6 +45,21 @@ def counted(n: int, one: str, several: str) -> str:
     return f"{n:,} {one if n == 1 else several}"
 
 
+def joined(*parts: str) -> str:
+    """Put what is known one after the other; what is empty was not given."""
+    return ", ".join(part for part in parts if part)
+
+
+def sentence(at: str, text: str) -> str:
+    """Begin a sentence with where it holds, if that has a name."""
+    text = f"{at}: {text}" if at else text
+    return text[:1].upper() + text[1:]
+
+
 def bound(value: float) -> str:
     """Write an error bound."""
-    return f"{value:.1e}".replace("e-0", "e-").replace("-", "−") if np.isfinite(value) else "–"
+    if np.isnan(value):
+        return "–"
+    if value >= 1e-3:
+        return f"{value:.2g}".replace("inf", "∞")
+    return f"{value:.1e}".replace("e-0", "e-").replace("-", "−")

@@ -109,4 +109,4 @@ class TestStiffnessCurves:
         assert bool(note) == noted
         if noted:
             assert "up to 18.1 % of all pairs" in note  # 50 of 24 * 23 / 2
-            assert "step 20, learning rate 0.01" in note
+            assert "learning rate 0.01, step 20" in note

@@ -12,7 +12,6 @@ from analysis.synthetic import Synthetic
 
 from distributed_stiffness.analysis import summary
 from distributed_stiffness.figures import draw_all
-from distributed_stiffness.figures.checkpoints import rate_title
 
 
 class TestDrawAll:
@@ -70,10 +69,3 @@ class TestDrawAll:
         )
 
         assert done.stdout.strip() == "False"
-
-
-class TestRates:
-    def test_a_rate_that_nobody_gave_is_not_shown_as_0(self):
-        """Imported checkpoints may come without one."""
-        assert rate_title(0.0) == "learning rate not given"
-        assert rate_title(3e-4) == "learning rate 0.0003"

@@ -206,7 +206,7 @@ class TestFindings:
 
         said = [line for line in lines if "1.2 % of all pairs" in line]
         assert len(said) == 1
-        assert "step 100, learning rate 0.01" in said[0]
+        assert "learning rate 0.01, step 100" in said[0]
 
     def test_certain_signs(self, study: Summary):
         """Certainty is claimed of checked checkpoints alone."""
@@ -215,7 +215,7 @@ class TestFindings:
 
         assert any("every sign is certain." in line for line in findings(study))
         lines = findings(replace(study, curves=curves))
-        assert any("that were checked (1 were not)" in line for line in lines)
+        assert any("that were checked (1 was not)" in line for line in lines)
 
     def test_zero_gradients(self, study: Summary):
         """Zero gradients are mentioned."""

@@ -133,7 +133,7 @@ class TestReport:
     def test_evidence(self, page: Page, store: Path):
         """The page says how exact its numbers are, and how to see for oneself."""
         for line in (
-            "five times the largest difference",
+            "the largest difference from one-example float64 gradients",
             "the matrix is complete at every checkpoint",
             f"stiffness verify {store}",
         ):
