@@ -78,7 +78,9 @@ def true_rows(net: nn.Module, inputs: Any, targets: Any, value: Value = class_lo
     for i in range(n):
         loss = value(wide, in_float64(one_of(inputs, i)), in_float64(one_of(targets, i))).sum()
         grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        real = [torch.view_as_real(g) if g.is_complex() else g.to_dense() for g in grads]
+        real = [
+            torch.view_as_real(g.resolve_conj()) if g.is_complex() else g.to_dense() for g in grads
+        ]
         rows.append(torch.cat([g.detach().flatten() for g in real]))
     return torch.stack(rows)
 

@@ -162,6 +162,24 @@ def eighths() -> Tensor:
     return torch.randint(-16, 17, (N, FEATURES)) / 8
 
 
+class TwoTypes(nn.Module):
+    """The first layer in float32, the second in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.l = nn.Linear(FEATURES, 8), nn.Linear(8, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.l(self.a(x).relu().to(self.l.weight.dtype))
+
+
+class CastsToDouble(TwoTypes):
+    """The same with the type by its name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.l(self.a(x).relu().double())
+
+
 def exactly(net: nn.Module) -> nn.Module:
     """A copy that changes no types."""
     made = type(net)()
@@ -201,6 +219,15 @@ class TestNetworksThatCast:
         with one_at_a_time_at_most():
             got = cosine_matrix(net, "cross_entropy", (x, LABELS), check=check, precision="float64")
             assert_cosines(got, true_cosines(exactly(net), x, LABELS), within=1e-6)
+
+    @either_way
+    @pytest.mark.parametrize("network", [TwoTypes, CastsToDouble])
+    def test_of_two_types(self, network, check):
+        """Layers of float32 and float64 in one network."""
+        net, x = network().eval(), torch.randn(N, FEATURES)
+        with one_at_a_time_at_most():
+            got = cosine_matrix(net, "cross_entropy", (x, LABELS), check=check)
+            assert_cosines(got, true_cosines(net, x, LABELS))
 
     @pytest.mark.parametrize(
         ("network", "within"),

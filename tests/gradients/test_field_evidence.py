@@ -160,6 +160,18 @@ class TestAllAreZero:
         assert "gradient" in said
         assert got is None or not np.nan_to_num(got.values).any()
 
+    def test_of_a_network_that_detaches_its_outputs(self):
+        """No gradient reaches a parameter."""
+
+        class Detached(Dead):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x).detach()
+
+        x, y = torch.randn(N, FEATURES), torch.arange(N) % 3
+        said, got = said_of(lambda: cosine_matrix(Detached(-9.0).eval(), "cross_entropy", (x, y)))
+        assert "gradient" in said
+        assert got is None or not got.values.any()
+
     def test_of_rows_alone(self):
         """Examples without a gradient against others that have one."""
         net, x, y = made("time first")

@@ -8,6 +8,7 @@ Axis letters: N examples, T positions, d features.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from field_truth import (
     FEATURES,
     assert_cosines,
     one_at_a_time_at_most,
+    right_or_said,
     true_cosines,
     true_rows,
     twin_of,
@@ -222,6 +224,41 @@ class InAList(Attends):
         return self.kept[0]
 
 
+class WhenSwitched(Attends):
+    """The table is made when evaluation begins, as merged weights of LoRA are."""
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        self.kept = None if mode else self.b[self.at]
+        return self
+
+
+CACHES = [Attends, ByDevice, BySize, InAList, WhenSwitched]
+
+
+class TestCachesOfWeights:
+    @either_way
+    @pytest.mark.parametrize("before", ["nothing", "no_grad", "inference_mode", "a pass"])
+    @pytest.mark.parametrize("made", CACHES)
+    def test_cosines(self, made, before, check):
+        """A table kept while evaluating hides no gradient, whoever made it and how."""
+        net, x = made(), steps()
+        if before == "no_grad":
+            with torch.no_grad():
+                net.eval()(x)
+        elif before == "inference_mode":
+            with torch.inference_mode():
+                net.eval()(x)
+        elif before == "a pass":
+            net.eval()(x)
+        net.eval()
+        true = true_cosines(twin_of(made, net).train(), x, LABELS)
+        with one_at_a_time_at_most():
+            got = cosine_matrix(net, "cross_entropy", (x, LABELS), check=check)
+            assert_cosines(got, true)
+        assert not net.training
+
+
 class InABuffer(Attends):
     """Kept as a buffer that no state dict has."""
 
@@ -246,39 +283,59 @@ class InAnObject(Attends):
         return self.kept.table
 
 
-class WhenSwitched(Attends):
-    """The table is made when evaluation begins, as merged weights of LoRA are."""
+class AsAProperty(Attends):
+    """Kept as a cached property."""
 
-    def train(self, mode: bool = True) -> nn.Module:
-        super().train(mode)
-        self.kept = None if mode else self.b[self.at]
-        return self
+    @functools.cached_property
+    def table(self) -> Tensor:
+        return self.b[self.at]
+
+    def looked_up(self, _x: Tensor) -> Tensor:
+        return self.table
 
 
-CACHES = [Attends, ByDevice, BySize, InAList, InABuffer, InAnObject, WhenSwitched]
+class ByAFunction(Attends):
+    """Kept by `functools.lru_cache` on a method: by the function, not the module."""
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - what people write
+    def table(self, steps: int) -> Tensor:
+        return self.b[self.at[:steps, :steps]]
+
+    def looked_up(self, x: Tensor) -> Tensor:
+        return self.table(x.shape[1])
 
 
-class TestCachesOfWeights:
+TABLES: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
+
+
+class ByTheFile(Attends):
+    """Kept in a mapping of the file, for each module."""
+
+    def looked_up(self, _x: Tensor) -> Tensor:
+        if self not in TABLES:
+            TABLES[self] = self.b[self.at]
+        return TABLES[self]
+
+
+class TestCachesInUnusualPlaces:
     @either_way
-    @pytest.mark.parametrize("before", ["nothing", "no_grad", "inference_mode", "a pass"])
-    @pytest.mark.parametrize("made", CACHES)
-    def test_cosines(self, made, before, check):
-        """A table kept while evaluating hides no gradient, whoever made it and how."""
-        net, x = made(), steps()
-        if before == "no_grad":
+    @pytest.mark.parametrize("validated", [False, True], ids=["fresh", "validated"])
+    @pytest.mark.parametrize("made", [InABuffer, InAnObject, AsAProperty, ByAFunction, ByTheFile])
+    def test_right_or_refused(self, made, validated, check):
+        """What cannot be cleared is refused: no gradient is left out silently."""
+        net, x = made().eval(), steps()
+        if validated:
             with torch.no_grad():
-                net.eval()(x)
-        elif before == "inference_mode":
-            with torch.inference_mode():
-                net.eval()(x)
-        elif before == "a pass":
-            net.eval()(x)
-        net.eval()
+                net(x)
         true = true_cosines(twin_of(made, net).train(), x, LABELS)
         with one_at_a_time_at_most():
-            got = cosine_matrix(net, "cross_entropy", (x, LABELS), check=check)
-            assert_cosines(got, true)
-        assert not net.training
+            got, said = right_or_said(
+                lambda: cosine_matrix(net, "cross_entropy", (x, LABELS), check=check)
+            )
+            if got is None:
+                assert said
+            else:
+                assert_cosines(got, true)
 
 
 class Rotates(nn.Module):

@@ -390,3 +390,39 @@ class TestDerivativesInTheNetwork:
         with one_at_a_time_at_most("torch.jit.script"):
             got = cosine_matrix(net, "cross_entropy", (x, LABELS), check=check)
             assert_cosines(got, true_cosines(net, x, LABELS))
+
+
+class Solves(nn.Module):
+    """A linear system with a matrix of parameters, as implicit layers and Gaussian processes do.
+
+    Args:
+        how: (matrix, inputs (N, d)) -> (N, d).
+    """
+
+    def __init__(self, how: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.w, self.c = nn.Parameter(torch.randn(FEATURES, FEATURES) / 2), nn.Linear(FEATURES, 3)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        matrix = 3 * torch.eye(FEATURES, dtype=x.dtype) + self.w
+        return self.c(self.how(matrix, x))
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda m, x: torch.linalg.solve(m, x[..., None])[..., 0],
+        lambda m, x: torch.linalg.solve(m, x, left=False),
+        lambda m, x: x @ torch.linalg.inv(m),
+        lambda m, x: torch.linalg.solve_triangular(m.tril(), x[..., None], upper=False)[..., 0],
+    ],
+    ids=["a system an example", "one system", "inverse", "triangular"],
+)
+def test_systems_that_are_solved(how, check):
+    """A matrix of parameters that all examples share."""
+    net, x = Solves(how).eval(), torch.randn(N, FEATURES)
+    with one_at_a_time_at_most():
+        got = cosine_matrix(net, "cross_entropy", (x, LABELS), check=check)
+        assert_cosines(got, true_cosines(net, x, LABELS))
