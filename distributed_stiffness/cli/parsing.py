@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from distributed_stiffness.errors import StudyError
+from distributed_stiffness.paths import Location, local
 from distributed_stiffness.study import Study, build_study
 
 
-def read_study(path: Path) -> Study:
+def read_study(file: Location) -> Study:
     """Read a study file: JSON, YAML or TOML, by its suffix; the same fields in each.
 
     Raises:
         StudyError: it cannot be read, or is no study.
     """
+    path = local(file, "the study file")
     parse = {".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
     try:
         fields = parse.get(path.suffix.lower(), json.loads)(path.read_text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +20,10 @@ MEASURES = ("sign", "cosine")
 def report(
     store: StorePath,
     folder: Annotated[
-        Path | None, typer.Option(help="Where figures and report go; default: beside the store.")
+        str | None,
+        typer.Option(
+            "--folder", "--out", help="Where figures and report go; default: beside the store."
+        ),
     ] = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
@@ -66,7 +68,7 @@ def plot(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="A .png, .svg or .pdf; default: VIEW.png beside the store.")
+        str | None, typer.Option(help="A .png, .svg or .pdf; default: VIEW.png beside the store.")
     ] = None,
     learning_rates: Annotated[
         str | None, typer.Option(help="Comma-separated, those to show; default: all.")

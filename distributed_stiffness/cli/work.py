@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import typer
 from distributed_stiffness.cli.ending import interruptible
 from distributed_stiffness.cli.options import DEVICES, ENGINES
 from distributed_stiffness.errors import StudyError
+from distributed_stiffness.paths import Location, is_url, local, located, require_writable
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.study import Study
 
@@ -89,7 +89,7 @@ def compute_or_plan(
     *,
     plan_only: bool,
     as_json: bool,
-    folder: Path | None = None,
+    folder: Location | None = None,
     bring: Callable[[Any], None] | None = None,
 ) -> None:
     """Compute a study, then draw its figures, write its report and print what they show.
@@ -102,12 +102,12 @@ def compute_or_plan(
     from distributed_stiffness.engine import run_study
     from distributed_stiffness.report.present import presented
 
-    folder = _writable(folder or beside(chosen.store))
+    folder = writable_folder(folder or beside(chosen.store), "--figures")
     with interruptible(), Progress(quiet=chosen.quiet) as progress:
-        if "_ray_pkg_" in str(Path.cwd()) and not _is_absolute(chosen.store):
+        if "_ray_pkg_" in chosen.store_url:
             progress.say(
-                f"note: the store {chosen.store!r} is relative to the job's scratch folder; give"
-                " an absolute path or a URL to keep it"
+                f"note: the store {chosen.store_url} is in the job's scratch folder; give another"
+                " path or a URL to keep it"
             )
         # What Ray and others print is no part of the answer.
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
@@ -123,30 +123,19 @@ def compute_or_plan(
         say(shown.lines())
 
 
-def beside(store: str) -> Path:
+def beside(store: Location) -> Path:
     """Return the folder of a store's figures and report: STORE without .zarr; local."""
-    name = store.rstrip("/")
-    name = name.removesuffix(".zarr") if name.endswith(".zarr") else f"{name}.report"
-    return Path("results", name.rpartition("/")[2]) if "://" in name else Path(name)
+    name = located(store, "store")
+    folder = name.removesuffix(".zarr") if name.endswith(".zarr") else f"{name}.report"
+    return local(Path("results", folder.rpartition("/")[2]) if is_url(name) else folder, "figures")
 
 
-def _writable(folder: Path) -> Path:
-    """Try whether figures and report can be written, now and not after hours of work.
+def writable_folder(folder: Location, option: str) -> Path:
+    """Return where figures and report go; refused now, and not after hours of work.
 
     Raises:
-        StudyError: it cannot be written.
+        StudyError: it cannot be written; says with which option another is named.
     """
-    existed = folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        if not existed:
-            folder.rmdir()  # it is made when there is something to put there
-    except OSError as error:
-        raise StudyError(f"cannot write figures to {folder}: {error}; give --figures") from error
-    return folder
-
-
-def _is_absolute(store: str) -> bool:
-    return "://" in store or Path(store).is_absolute()
+    path = local(folder, "the folder of figures")
+    require_writable(path, "figures", f"give another folder with {option}")
+    return path

@@ -156,10 +156,13 @@ def _pair(made: Any) -> tuple[Any, Any]:
     inputs, labels = (list(parts) for parts in zip(*pairs, strict=True))
     if not isinstance(inputs[0], Mapping):
         return _inputs_alone(inputs, labels), labels
-    try:
-        return {name: [x[name] for x in inputs] for name in inputs[0]}, labels
-    except KeyError as error:
-        raise DataError(f"the inputs cannot be stacked: one lacks {error}") from error
+    if not all(isinstance(x, Mapping) and x.keys() == inputs[0].keys() for x in inputs):
+        names = ", ".join(map(str, inputs[0])) or "none"
+        raise DataError(
+            f"the inputs cannot be stacked: the first has {names} by name, others have not just"
+            " these"
+        )
+    return {name: [x[name] for x in inputs] for name in inputs[0]}, labels
 
 
 def _is_split(made: Any) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import fsspec
+import numpy as np
 
 from distributed_stiffness.errors import CheckpointError
 from distributed_stiffness.importing.places import Files, distinct, field_of, place_of
@@ -25,8 +26,8 @@ class DataFrame(Protocol):
     columns: Any
     index: Any
 
-    def to_dict(self, orient: Any) -> Any:
-        """Return its rows, for "records"."""
+    def __getitem__(self, name: Any) -> Any:
+        """Return a column."""
 
     def reset_index(self) -> Any:
         """Return it with its index as a column."""
@@ -97,7 +98,8 @@ def _rows(table: Any) -> list[Row]:
         _require_columns([*table.columns, *table.index.names], "the table")
         if any(name is not None for name in getattr(table.index, "names", [])):
             table = table.reset_index()
-        table = table.to_dict("records")
+        # Not its own rows, which widen the numbers of a column of float32.
+        table = _of_columns({name: np.asarray(table[name]) for name in table.columns})
     elif hasattr(table, "to_dicts"):  # polars
         table = table.to_dicts()
     elif hasattr(table, "to_pylist"):  # pyarrow
