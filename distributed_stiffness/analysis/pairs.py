@@ -251,6 +251,9 @@ def origin(ds: xr.Dataset) -> dict[Hashable, Any]:
 
 def with_labels_in_memory(ds: xr.Dataset) -> xr.Dataset:
     """Read coordinates and gradient norms, which every reduction looks at."""
+    if "gradient_norm" in ds and "other" in ds["gradient_norm"].dims:
+        # Where some pairs of a Dataset are masked each has a norm: all are the row's.
+        ds = ds.assign(gradient_norm=ds["gradient_norm"].max("other"))
     small = ds.drop_vars([name for name in ds.data_vars if name != "gradient_norm"]).compute()
     text = {
         name: coordinate.copy(data=as_text(coordinate.values.tolist()))

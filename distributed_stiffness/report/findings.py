@@ -244,14 +244,11 @@ def _undecided(curves: xr.Dataset, names: Names) -> str:
     worst = float(share.max())
     unchecked = int(share.isnull().sum())
     if worst == 0:
+        were = "was" if unchecked == 1 else "were"
+        checked = f", at the checkpoints that were checked ({unchecked:,} {were} not)"
         return (
             "No cosine lies within its error bound of 0, so every sign is certain"
-            + (
-                f", at the checkpoints that were checked ({unchecked:,} {'was' if unchecked == 1 else 'were'} not)"
-                if unchecked
-                else ""
-            )
-            + "."
+            f"{checked if unchecked else ''}."
         )
     at = share.isel(share.fillna(-1.0).argmax(...))
     share_text, most = percent(worst), ""
