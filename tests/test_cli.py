@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -315,6 +316,48 @@ class TestPlot:
         assert "Traceback" not in ended.stderr
 
 
+class TestWhereFiguresGo:
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ["report"],
+            ["report", "--folder={file}/x"],
+            ["plot", "class_matrices"],
+            ["plot", "class_matrices", "--out={file}/x.png"],
+            ["plot", "class_matrices", "--out=s3://bucket/x.png"],
+        ],
+    )
+    def test_a_folder_that_cannot_be_written(
+        self, store: Path, tmp_path: Path, stiffness: Command, words: list[str]
+    ) -> None:
+        """
+        Exit code 1 before the work, no traceback, and the option that names another place.
+        """
+        file = tmp_path / "file"
+        file.touch()
+        beside = tmp_path / "read_only.zarr"
+        shutil.copytree(store, beside)
+        (tmp_path / "read_only").touch()  # in the place of the folder beside the store
+
+        ended = stiffness(words[0], str(beside), *[w.format(file=file) for w in words[1:]])
+
+        assert ended.returncode == 1
+        assert "--out" in ended.stderr or "not a URL" in ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert "figures:" not in ended.stderr
+
+    def test_another_folder(self, store: Path, tmp_path: Path, stiffness: Command) -> None:
+        """
+        `report --out` is what `plot --out` is, and a home folder is one.
+        """
+        for words in (["report", "--out"], ["plot", "class_matrices_sign", "--out"]):
+            out = tmp_path / words[0] / "x.png"
+            ended = stiffness(words[0], str(store), *words[1:], str(out))
+
+            assert ended.returncode == 0, ended.stderr
+            assert str(out) in ended.stdout
+
+
 class TestInterruption:
     def test_ctrl_c_says_how_to_go_on(self, tmp_path: Path) -> None:
         """
@@ -414,7 +457,7 @@ COMMANDS = commands()
 # Parameters that are neither of a study nor of a run: what is read or shown, and where it goes.
 OTHERS = {"figures", "plan_only", "as_json", "help"}
 # Of `gram`: which checkpoints, and what they say of themselves.
-OF_CHECKPOINTS = {"more", "pattern", "table", "prefix", "checkpoints"}
+OF_CHECKPOINTS = {"more", "pattern", "table", "prefix", "key", "checkpoints"}
 TRAINED_HERE = {  # fields that networks which are trained already have no use for
     "training.epochs", "training.batch_size", "training.optimizer", "training.momentum",
     "training.weight_decay", "data.permuted_labels", "data.permutation_seed",

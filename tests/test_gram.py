@@ -33,9 +33,9 @@ from distributed_stiffness.errors import (
     StudyError,
 )
 from distributed_stiffness.importing import gather
-from distributed_stiffness.importing.places import Place, describe, grid, placed
 from distributed_stiffness.importing.content import read, stamp
 from distributed_stiffness.importing.files import find
+from distributed_stiffness.importing.places import Place, describe, grid, placed
 from distributed_stiffness.importing.table import from_table
 from distributed_stiffness.importing.weights import fitted
 from distributed_stiffness.models import build
@@ -289,7 +289,7 @@ class TestGoingOn:
         from distributed_stiffness.importing import imports
 
         opened = []
-        monkeypatch.setattr(imports, "read", lambda path, key: opened.append(path) or read(path))
+        monkeypatch.setattr(imports, "read", lambda path, _key: opened.append(path) or read(path))
         measured(NETS, DATA, "runs/*/*")
         assert not opened
         os.utime("runs/lr0.1/step-10.safetensors", (time.time(), time.time() + 5))
@@ -973,6 +973,41 @@ class TestCommand:
         assert "cosine" not in ds
         assert ds.sizes["distance_bin"] == 7
 
+    def test_places_names_and_keys(self, stiffness, monkeypatch, tmp_path):
+        """
+        The shell leaves the ~ of --store=~/… alone; brackets, decimal commas and a key are meant.
+        """
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        both = {"model": mine.weights(1), "ema": mine.weights(2)}
+        save("run[1]/lr0,01_step-1,000.pt", both)
+
+        code, out, err = stiffness(
+            *self.WORDS[:2], "--store=~/out.zarr", "--figures=~/figures", "--key=ema",
+            "--checkpoints=run[1]/*.pt",
+        )  # fmt: skip
+
+        assert code == 0, err
+        assert "0.01     0      1,000  run[1]/lr0,01_step-1,000.pt" in out
+        assert "found under 'ema'" in err
+        ds = xr.open_zarr("home/out.zarr")
+        assert_is(ds.cosine[0, 0, 0], true_cosines(network(both["ema"])), 1e-6)
+        assert Path("home/figures/report.html").exists()
+        assert not Path("~").exists()
+
+    def test_a_table_of_a_spreadsheet(self, stiffness):
+        """
+        --table takes what a German Excel saves.
+        """
+        save("a.pt", mine.weights(1))
+        Path("t.csv").write_bytes(
+            "\ufeffpath;learning_rate;iteration\r\na.pt;0,001;5\r\n;;\r\n".encode()
+        )
+
+        code, out, err = stiffness(*self.WORDS, "--table=t.csv", "--plan")
+
+        assert code == 0, err
+        assert "0.001     0          5  a.pt" in out
+
     def test_a_pattern_that_the_shell_has_expanded(self, stiffness):
         """
         Without quotes the command gets the files themselves, and takes them all.
@@ -1016,6 +1051,16 @@ class TestCommand:
             (["--checkpoints=runs/*/*", "--pattern={x}"], r"has \{x\}"),
             (["--checkpoints=runs/*/*", "--prefix=model."], "names after 'model.'.*lacks 4 of 4"),
             (["--checkpoints=runs/*/*", "--precision=half"], "precision"),
+            (["--checkpoints=runs/*/*", "--key=ema"], "no weights under the key 'ema'"),
+            (
+                ["--checkpoints=runs/*/*", "--figures=mine.py/x"],
+                "cannot write figures to .*--figures",
+            ),
+            (["--checkpoints=runs/*/*", "--figures=s3://b/x"], "not a URL"),
+            (
+                ["--checkpoints=runs/*/*", "--store=mine.py/x.zarr"],
+                "cannot write .*mine.py is a file",
+            ),
         ],
     )
     def test_a_mistake_is_explained_before_any_work(self, stiffness, words, said):
@@ -1023,6 +1068,7 @@ class TestCommand:
         Exit code 1, one sentence, no traceback, no store.
         """
         save_runs()
+        Path("mine.py").touch()
         code, _, err = stiffness(*self.WORDS, *words)
 
         assert code == 1
