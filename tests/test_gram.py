@@ -885,6 +885,7 @@ class TestData:
         [
             ("npz:none.npz", {}, r"cannot read .*/none\.npz"),
             ("npz:d.npz", {}, "no array 'x' or 'inputs', only a, b"),
+            ("npz:lfs.npz", {}, "begins with b'version https://git-lfs' and is no .npz"),
             ("npz:d.npz", {"inputs": "c"}, "no array 'c'"),
             ("npz:d.npz", {"size": 3}, "takes inputs, labels"),
             ("images:none", {}, "there is no folder .*/none"),
@@ -897,6 +898,7 @@ class TestData:
         Missing, or with other names in them.
         """
         np.savez("d.npz", a=np.zeros(3), b=np.zeros(3))
+        Path("lfs.npz").write_text("version https://git-lfs")
         Path("empty").mkdir()
 
         with pytest.raises(DataError, match=said):

@@ -4,6 +4,7 @@ Hugging Face data sets on disk. They are taken as they are, and need no training
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -249,6 +250,13 @@ def read_npz(path: Path, inputs: str = "", labels: str = "") -> Mapping[str, Any
     Raises:
         DataError: there is no such file, or it lacks them.
     """
+    if path.is_file() and not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            beginning = file.read(24)
+        raise DataError(
+            f"cannot read {path}: it begins with {beginning!r} and is no .npz; expected what"
+            " numpy.savez writes, whole"
+        )
     try:
         with np.load(path, allow_pickle=False) as arrays:
             x = _array_named(arrays, (inputs,) if inputs else _INPUTS, path)
