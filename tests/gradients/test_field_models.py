@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from distributed_stiffness import cosine_matrix
 
-N, VOCABULARY, CLASSES = 24, 40, 3
+N, VOCABULARY, CLASSES = 16, 40, 3
 LABELS = torch.arange(N) % CLASSES
 SMALL = {
     "vocab_size": VOCABULARY,

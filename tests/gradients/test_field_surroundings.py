@@ -183,8 +183,11 @@ def deterministic() -> Iterator[None]:
 
 class TestModesOfAutograd:
     @pytest.mark.filterwarnings("ignore:Anomaly Detection")
-    @functions
-    @pytest.mark.parametrize("name", AROUND)
+    @pytest.mark.parametrize(
+        ("name", "function"),
+        [(name, cosine_matrix) for name in AROUND]
+        + [(name, f) for name in ("no_grad", "inference_mode") for f in FUNCTIONS[1:]],
+    )
     def test_around_the_call(self, name, function):
         """A call switches on what it needs, and leaves what was."""
         net, (x, y) = Usual().eval(), data()
