@@ -4,8 +4,8 @@ Of some examples of the batch, drawn at random, the unit gradients are added up 
 Plain autograd gives the same sum in one backward pass, parameter by parameter: it is the gradient
 of Σ ±loss_i / |g_i|. Those examples are run in two halves, drawn at random: rows that depend on the
 company which they were made in are found too, as are rows of other examples, and parameters whose
-use was not seen. (A directional derivative by forward mode would cost as much, lacks kernels, and names no
-parameter: docs/design/0009-checks.md.)
+use was not seen. (A directional derivative by forward mode would cost as much, lacks kernels, and
+names no parameter: docs/design/0009-checks.md.)
 
 Axis letters: N examples of the batch, K that are checked, T positions.
 """
@@ -13,7 +13,7 @@ Axis letters: N examples of the batch, K that are checked, T positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -120,12 +120,11 @@ class BatchCheck:
         exact = gradients.in_float64
         require_independence(exact, few)
         alone = _by_rules(exact, few, drawn.signs)
-        wrong = {n for n, size in alone.items() if not size <= EXACT * len(drawn.signs)}
-        if wrong - gradients.hard:
-            gradients.give_up_rules(wrong, alone)
+        wrong = {n: size for n, size in alone.items() if not size <= EXACT * len(drawn.signs)}
+        if wrong and gradients.take_another_way(wrong):
             return False
         if wrong:
-            raise GradientError(said_wrong(wrong, alone))
+            raise GradientError(said_wrong(wrong))
         self._require_no_company(exact, few, drawn)
         # Rounding, which the error bound measures: of other batches so much is expected.
         size = self._difference(drawn, made).size / math.sqrt(len(drawn.signs))
@@ -212,9 +211,9 @@ def said_dependence(name: str, size: float) -> str:
     )
 
 
-def said_wrong(names: Collection[str], sizes: Mapping[str, float]) -> str:
+def said_wrong(sizes: Mapping[str, float]) -> str:
     """Say that a gradient comes out wrong, whichever way it is made."""
-    worst = max(names, key=lambda name: _or_infinite(sizes[name]))
+    worst = max(sizes, key=lambda name: _or_infinite(sizes[name]))
     return (
         f"the gradient of {worst!r} differs from plain autograd's by {sizes[worst]:.1g} of an"
         " example's whole gradient, whichever way it is made, so that it is not given: leave it out"

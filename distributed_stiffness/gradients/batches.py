@@ -102,8 +102,8 @@ def require_examples_first(outputs: Nest, n: int) -> None:
     found = tensors(outputs)
     if not found:
         raise ModelError(
-            f"the network returned {type(outputs).__name__}, expected a tensor with N first, or a"
-            " nest of such"
+            f"the network returned {type(outputs).__name__}, expected a tensor with N first (for"
+            " cross_entropy, logits), or a tuple, a dict or a dataclass of such"
         )
     if isinstance(outputs, Tensor) and (outputs.dim() == 0 or len(outputs) != n):
         raise ModelError(
@@ -141,7 +141,16 @@ def stream(examples: Examples, size: int = 256) -> Iterator[tuple[Nest, Nest]]:
     elif isinstance(examples, Dataset) and hasattr(examples, "__len__"):
         for start in range(0, len(examples), size):
             stop = min(start + size, len(examples))
-            yield _checked(default_collate([examples[i] for i in range(start, stop)]))
+            items = [examples[i] for i in range(start, stop)]
+            try:
+                batch = default_collate(items)
+            except (TypeError, RuntimeError) as error:
+                raise ModelError(
+                    f"items {start} to {stop - 1} of the data set cannot be stacked"
+                    f" ({str(error).splitlines()[0]}): expected pairs (input, target) of tensors,"
+                    " arrays or numbers, of one shape each"
+                ) from error
+            yield _checked(batch)
     elif isinstance(examples, Iterable) and not isinstance(examples, Mapping | Tensor | str):
         for batch in examples:
             yield _checked(batch)
@@ -161,6 +170,13 @@ def _checked(examples: Any) -> tuple[Nest, Nest]:
         raise ModelError(_expected(examples))
     inputs, targets = examples
     for leaf in pytree.tree_leaves((inputs, targets)):
+        if isinstance(leaf, Tensor) and leaf.is_meta:
+            raise ModelError("examples hold a tensor on the meta device, which has no numbers")
+        if isinstance(leaf, Tensor) and (leaf.layout != torch.strided or leaf.is_nested):
+            raise ModelError(
+                f"examples hold a tensor of layout {leaf.layout}: expected dense ones, N first;"
+                " t.to_dense(), or padding, makes them"
+            )
         if leaf is not None and not isinstance(leaf, Tensor):
             raise ModelError(
                 f"examples hold a {type(leaf).__module__}.{type(leaf).__name__}: expected torch"

@@ -105,7 +105,9 @@ def class_cosine_matrix(
                     " are given: give labels of fewer classes, or memory="
                 )
     of.require_end()
-    names = sorted(sums)
+    if not counts.total():
+        warnings.warn(ALL_ZERO, stacklevel=3)
+    names = sorted(label for label in sums if counts[label] or label >= 0) or sorted(sums)
     if names[0] >= 0 and names[-1] < _COUNTED:
         names = list(range(names[-1] + 1))  # counted from 0
     nothing = torch.zeros(gradients.n_parameters, dtype=torch.float64, device="cpu")
@@ -145,8 +147,6 @@ def _checked(
     gradients, evidence = gradients_of_evidence(
         model, loss, read, n, parameters=parameters, precision="float64", factored=()
     )
-    if evidence.is_zero:
-        warnings.warn(ALL_ZERO.format(n=n), stacklevel=4)
     check_gradients(gradients, *read(evidence.places))
     return gradients
 
@@ -180,11 +180,13 @@ class _Labels:
     def __init__(self, labels: Labels | Iterable[Labels] | None) -> None:
         self._parts: Iterator[Labels] | None = None
         if labels is not None:
-            is_one = isinstance(labels, Tensor | np.ndarray) or (
+            is_one = hasattr(labels, "__array__") or (
                 isinstance(labels, Sequence) and all(isinstance(k, Integral) for k in labels)
             )
-            parts: Iterable[Any] = [labels] if is_one else labels
-            self._parts = iter(parts)
+            given: Any = labels
+            if not is_one and (isinstance(given, str) or not isinstance(given, Iterable)):
+                raise ModelError(f"labels are {given!r}: expected whole numbers, (N,)")
+            self._parts = iter([given] if is_one else given)
         self._left = torch.empty(0, dtype=torch.int64)
 
     def take(self, targets: Nest, n: int) -> Tensor:
@@ -209,7 +211,10 @@ class _Labels:
 
 
 def _whole_numbers(labels: Labels) -> Tensor:
-    found = torch.as_tensor(labels, device="cpu")
+    try:
+        found = torch.as_tensor(labels if isinstance(labels, Tensor) else np.array(labels)).cpu()
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"labels are {labels!r}: expected whole numbers, (N,)") from error
     if found.is_floating_point() or found.is_complex() or found.dim() != 1:
         raise ModelError(
             f"labels are {str(found.dtype).removeprefix('torch.')} of shape {tuple(found.shape)}:"

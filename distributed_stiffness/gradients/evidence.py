@@ -19,14 +19,14 @@ from distributed_stiffness.gradients.batches import (
     require_examples_first,
 )
 from distributed_stiffness.gradients.loss_head import Loss, WholeLoss, loss_head
-from distributed_stiffness.gradients.network import Network
+from distributed_stiffness.gradients.network import Network, saying
 
 EXAMPLES = 8  # from which a network is known: its recipe, its rounding, the self-check
 _AT_A_TIME = 64
 
 ALL_ZERO = (
-    "the gradients of all {n:,} examples are 0 (the loss does not change with the network's"
-    " outputs: are all labels ignored?), so that there is nothing to compare, and every cosine is 0"
+    "the loss gradients of all examples are 0 (are all labels ignored, or all units dead?), so that"
+    " there is nothing to compare, and every cosine is 0"
 )
 
 
@@ -64,7 +64,7 @@ def draw_evidence(
         some = np.sort(order[start : start + _AT_A_TIME])
         inputs, targets = read(some)
         inputs = map_tensors(torch.clone, prepare(inputs, network.dtype, device))
-        with torch.no_grad(), network.running() as module:
+        with saying(inputs), torch.no_grad(), network.running() as module:
             outputs = call(module, inputs)
         require_examples_first(outputs, len(some))
         head = loss_head(loss, outputs, map_tensors(lambda t: t.to(device), targets))

@@ -15,6 +15,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -84,7 +85,9 @@ def double_loss(loss: Loss) -> Loss:
     return copy.deepcopy(loss).double() if isinstance(loss, nn.Module) else loss
 
 
-def loss_head(loss: Loss, outputs: Nest, targets: Nest) -> LossHead:
+def loss_head(
+    loss: Loss, outputs: Nest, targets: Nest, held: Mapping[int, str] = MappingProxyType({})
+) -> LossHead:
     """Compute the loss and δ = ∂loss/∂outputs of every example in float64.
 
     Args:
@@ -93,6 +96,7 @@ def loss_head(loss: Loss, outputs: Nest, targets: Nest) -> LossHead:
             float64.
         outputs: what the network returned: a tensor, N first, or a nest of such.
         targets: a tensor or nest, N first.
+        held: parameters by `id` that the loss must not take (`NoLessThan`).
 
     Raises:
         ModelError: the outputs do not fit the targets, or the loss is not one number an example.
@@ -106,7 +110,7 @@ def loss_head(loss: Loss, outputs: Nest, targets: Nest) -> LossHead:
             head = _cross_entropy(_finite(logits), targets, leaves[0])
         given = [logits]
     elif callable(loss):
-        z, losses = losses_of(loss, outputs, targets)
+        z, losses = losses_of(loss, outputs, targets, held)
         with torch._C.DisableTorchFunction():
             head = _any_loss(z, losses, targets)
         given = head.chosen(outputs)
@@ -229,7 +233,10 @@ def _cross_entropy(z_NC: Tensor, targets: Nest, leaf: int) -> LossHead:
 
 
 def losses_of(
-    loss: Callable[[Any, Any], Tensor], outputs: Nest, targets: Nest
+    loss: Callable[[Any, Any], Tensor],
+    outputs: Nest,
+    targets: Nest,
+    held: Mapping[int, str] = MappingProxyType({}),
 ) -> tuple[dict[int, Tensor], Tensor]:
     """Call a loss on outputs in float64, such that it can be differentiated.
 
@@ -249,7 +256,7 @@ def losses_of(
         raise ModelError("the network returned no tensor of floating-point numbers")
     doubled = pytree.tree_unflatten([z.get(i, leaf) for i, leaf in enumerate(leaves)], structure)
     try:
-        with torch.enable_grad(), NoLessThan(torch.float64):
+        with torch.enable_grad(), NoLessThan(torch.float64, held):
             return z, loss(doubled, targets)
     except Exception as error:  # the user's own code: any type of error
         if isinstance(error, StiffnessError) or is_out_of_memory(error):

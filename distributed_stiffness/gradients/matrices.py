@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distributed_stiffness.errors import ModelError
 from distributed_stiffness.gradients.batches import Examples, count_examples
 from distributed_stiffness.gradients.loss_head import Loss
-from distributed_stiffness.gradients.matrix_work import MatrixWork
+from distributed_stiffness.gradients.matrix_work import MatrixWork, warn_of_zeros
 from distributed_stiffness.gradients.per_example import matching, patterns_of
 from distributed_stiffness.gradients.surroundings import in_fresh_surroundings
 from distributed_stiffness.tiling import pieces
@@ -189,6 +189,8 @@ def gradient_norms(
         return [some.norm.cpu() for block in blocks for some in rows(block)]
 
     norms = torch.cat(work.gradients.settled(make)).numpy()
+    if not norms.any():
+        warn_of_zeros()
     attrs: dict[str, Any] = {"long_name": "norm of the loss gradient", "units": "1"}
     if check:
         attrs |= work.bound_of_norms(norms, allow_error=allow_error)
@@ -204,6 +206,11 @@ def _groups(
             module = name.rpartition(".")[0] or name
             found[module] = (*found.get(module, ()), name)
         return found
+    if not isinstance(groups, Mapping) or not groups:
+        raise ModelError(
+            f"groups are {groups!r}: expected a mapping of names to patterns, such as"
+            " {'first': ['0.*']}"
+        )
     patterns = {group: patterns_of(given, f"group {group!r}") for group, given in groups.items()}
     chosen = {group: matching(names, some) for group, some in patterns.items()}
     for group, members in chosen.items():

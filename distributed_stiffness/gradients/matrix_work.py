@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from distributed_stiffness.errors import StudyError
 from distributed_stiffness.gradients.batches import (
     Examples,
     Nest,
@@ -71,6 +73,9 @@ class MatrixWork:
             StiffnessError: as `cosine_matrix`.
         """
         warn_of_own_precision(loss, precision_mode(precision), stacklevel=_USER)
+        room: Any = memory
+        if room is not None and (not isinstance(room, Integral) or room < 1):
+            raise StudyError(f"memory is {memory!r}: expected a number of bytes, such as 4 * 10**9")
         rows = pair(examples)
         columns = None if others is None else pair(others)
         n = count_examples(rows[0])
@@ -82,8 +87,6 @@ class MatrixWork:
         gradients, evidence = gradients_of_evidence(
             model, loss, read, n, parameters=parameters, precision=precision
         )
-        if evidence.is_zero:
-            warnings.warn(ALL_ZERO.format(n=n), stacklevel=_USER)
         if check:
             check_gradients(gradients, *read(evidence.places))
         gradients, plan = fit(gradients, n_examples=n, memory=memory or free_memory())
@@ -102,7 +105,10 @@ class MatrixWork:
             (groups, N, M) float32; and for each group (N,) and (M,) float64.
         """
         with Progress(quiet=not progress) as bars:
-            return self.gradients.settled(lambda: self._matrices(groups, bars))
+            found = self.gradients.settled(lambda: self._matrices(groups, bars))
+        if not any(rows.any() for rows, _ in found[1]):
+            warn_of_zeros()
+        return found
 
     def _matrices(
         self, groups: Sequence[Collection[str]] | None, bars: Progress
@@ -246,6 +252,11 @@ class MatrixWork:
                 bound, self.gradients, (rows, self._examples(rows)), across, n_sample=n, what=what
             )
         return {"error_bound": bound.bound, "error_bound_examples": n}
+
+
+def warn_of_zeros() -> None:
+    """Warn that there is nothing to compare."""
+    warnings.warn(ALL_ZERO, stacklevel=_USER + 1)
 
 
 def _ratio(found: np.ndarray, true: np.ndarray) -> np.ndarray:

@@ -11,22 +11,24 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from distributed_stiffness.errors import ModelError
+from distributed_stiffness.errors import GradientError, ModelError, StiffnessError
 from distributed_stiffness.gradients.batches import Nest, arguments, map_tensors, tensors
-from distributed_stiffness.gradients.surroundings import NoLessThan
+from distributed_stiffness.gradients.surroundings import NoLessThan, is_out_of_memory
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", *_BACKWARD_HOOKS)
 # Attributes of every module, which hold no state of a call.
 _OF_MODULES = frozenset(nn.Module().__dict__)
 # Two runs of a network on the same examples differ by less, relative to the largest output.
@@ -49,6 +51,12 @@ class Network:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, few: Nest | None = None) -> None:
         self.module, self.dtype = private_copy(model), dtype
+        # The originals are kept: their `id` is nobody else's as long as they live.
+        self._originals = [p for _, p in model.named_parameters()]
+        self.held = {id(p): name for name, p in model.named_parameters()}
+        _refuse_views(model)
+        floating = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        self._has_several = len(floating) > 1
         _convert(self.module, dtype)
         self._state = list(_state(self.module))
         if few is not None:
@@ -59,13 +67,17 @@ class Network:
         if dtype == self.dtype:
             return self
         self._put_back()
-        return Network(self.module, dtype)
+        other = Network(self.module, dtype)
+        other._originals = [*self._originals, *other._originals]
+        other.held |= self.held
+        other._has_several = self._has_several
+        return other
 
     @contextlib.contextmanager
     def running(self) -> Iterator[nn.Module]:
         """Enter a call, or several that belong together: from the state that was given."""
         self._put_back()
-        with NoLessThan(self.dtype):
+        with NoLessThan(self.dtype, self.held, no_more=self._has_several):
             yield self.module
 
     def _put_back(self) -> None:
@@ -78,8 +90,8 @@ class Network:
         A cache of what is made of parameters would hide their gradients; there the outputs alone
         must stay the same.
         """
-        caches = [attribute for attribute in self._state if attribute.may_be_cache]
-        hooks = [hook for module in self.module.modules() for hook in _hooks(module)]
+        caches = [a for a in self._state if isinstance(a, _Attribute) and a.may_be_cache]
+        hooks = list(_hooks(self.module))
         for parts, gradients in ((hooks, True), (caches, False)):
             expected = self._tried(few, gradients=gradients) if parts else None
             if expected is None:
@@ -92,6 +104,12 @@ class Network:
                 return found is not None and _alike(found, expected)
 
             _leave_out(parts, is_same)
+        kept = [hook for hook in hooks if hook.is_backward and not hook.left_out]
+        if kept:
+            raise ModelError(
+                f"a hook of the network changes gradients ({kept[0].name}), so that they are not"
+                " those of the loss: remove it while gradients are compared"
+            )
 
     def _tried(self, few: Nest, *, gradients: bool) -> list[Tensor | None] | None:
         """Return the outputs, and maybe some gradients; None where the network does not run."""
@@ -110,8 +128,46 @@ class Network:
         return outputs
 
 
+@contextlib.contextmanager
+def saying(inputs: Nest) -> Iterator[None]:
+    """Say in a sentence that a network, run in here, does not run on some inputs.
+
+    Raises:
+        ModelError: it does not.
+    """
+    try:
+        yield
+    except Exception as error:  # the user's own code: any type of error
+        if isinstance(error, StiffnessError) or is_out_of_memory(error):
+            raise
+        kinds = ", ".join(
+            f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors(inputs)
+        )
+        raise ModelError(
+            f"the network does not run on these examples: {type(error).__name__}: {error}; they"
+            f" were {kinds}"
+        ) from error
+
+
+@contextlib.contextmanager
+def saying_backward() -> Iterator[None]:
+    """Say in a sentence that a backward pass, made in here, does not run.
+
+    Raises:
+        GradientError: it does not.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # of torch, or of the user's own code
+        if isinstance(error, StiffnessError) or is_out_of_memory(error):
+            raise
+        raise GradientError(
+            f"the network's backward pass does not run: {type(error).__name__}: {error}"
+        ) from error
+
+
 def private_copy(model: nn.Module, *, shared: bool = True) -> nn.Module:
-    """Return a copy of a network without what wraps it or its parts, and without backward hooks.
+    """Return a copy of a network without what wraps it or its parts.
 
     Args:
         model: it is not changed.
@@ -124,10 +180,13 @@ def private_copy(model: nn.Module, *, shared: bool = True) -> nn.Module:
     memo: dict[int, Any] = {}
     for part in model.modules():
         for p in part._parameters.values():
-            if p is not None and type(p) is nn.Parameter and id(p) not in memo:
-                values = p.detach()
-                alone = not shared or p.is_inference()
-                memo[id(p)] = nn.Parameter(values.clone() if alone else values, p.requires_grad)
+            if p is None or id(p) in memo or _is_wrapped(p) or is_lazy(p):
+                continue
+            values = p.detach().as_subclass(Tensor)
+            alone = not shared or p.is_inference()
+            memo[id(p)] = nn.Parameter(values.clone() if alone else values, p.requires_grad)
+            for hook in (p._backward_hooks or {}).values():
+                memo[id(p)].register_hook(hook)
     try:
         with torch.inference_mode(False), _WithoutHistory():
             copied = copy.deepcopy(model, memo)
@@ -141,9 +200,25 @@ def private_copy(model: nn.Module, *, shared: bool = True) -> nn.Module:
         for name, child in part._modules.items():
             if child is not None:
                 part._modules[name] = _unwrapped(child)
-        for kind in _BACKWARD_HOOKS:
-            getattr(part, kind).clear()
     return copied
+
+
+def _refuse_views(model: nn.Module) -> None:
+    """Refuse attributes that are views of weights: in a copy they would be of nothing."""
+    own = {id(p) for p in model.parameters()}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, Tensor) and value._is_view() and id(value._base) in own:
+                raise ModelError(
+                    f"{name or 'the network'} keeps {attribute!r}, a view of a weight, which no"
+                    " copy of the network has: take it in forward, or by torch.nn.utils."
+                    "parametrize"
+                )
+
+
+def _is_wrapped(p: Any) -> bool:
+    """Whether other tensors hold a parameter's numbers."""
+    return bool(is_traceable_wrapper_subclass(p))
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -188,26 +263,37 @@ def cast_dtype(t: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 # State
 
+# How a cache is empty: None, or a container without items; or not there.
+_Way = Literal["emptied", "deleted"] | None
+_WAYS: tuple[_Way, ...] = ("emptied", "deleted")
+_LIBRARIES = ("builtins", "torch", "numpy", "collections", "functools", "types", "typing", "enum")
+
 
 @dataclass
 class _Attribute:
-    """What a module holds under a name, as it was, and what may be left out of it."""
+    """What a module, or an object of it, holds under a name, as it was; or holds no more."""
 
-    holder: MutableMapping[str, Any]  # vars(module), or its buffers
+    holder: MutableMapping[str, Any]
     name: str
     value: Any
     restore: Callable[[], Any]
-    is_left_out: bool = False
+    left_out: _Way = None
 
     def put_back(self) -> None:
-        """Give the module what it had."""
-        if not self.is_left_out:
+        """Give the holder what it had."""
+        if self.left_out is None:
             self.holder[self.name] = self.restore()
+        elif self.left_out == "deleted":
+            self.holder.pop(self.name, None)
         elif isinstance(self.value, Tensor):
             self.holder[self.name] = None
         else:
             self.value.clear()
             self.holder[self.name] = self.value
+
+    def leave_out(self, way: _Way) -> None:
+        """Leave it out from the next call on; None: put it back."""
+        self.left_out = way
 
     @property
     def may_be_cache(self) -> bool:
@@ -221,18 +307,22 @@ class _Attribute:
 
 @dataclass
 class _New:
-    """Attributes that a call has given to a module."""
+    """What a call has given to a module, or to an object of it."""
 
-    module: nn.Module
+    holder: MutableMapping[str, Any]
     known: frozenset[str]
-
-    is_left_out = may_be_cache = False
+    may_be_cache = False
 
     def put_back(self) -> None:
-        """Take them away."""
-        there = vars(self.module)
-        for name in there.keys() - self.known:
-            del there[name]
+        """Take it away."""
+        for name in self.holder.keys() - self.known:
+            del self.holder[name]
+
+
+def _has_state(value: Any) -> bool:
+    """Whether it is an object of the user's own, which may keep something."""
+    is_own = type(value).__module__.partition(".")[0] not in _LIBRARIES
+    return is_own and hasattr(value, "__dict__") and not callable(value)
 
 
 @dataclass
@@ -242,53 +332,84 @@ class _Hook:
     hooks: MutableMapping[int, Any]
     key: int
     all: Mapping[int, Any]  # of the module, in their order
-    left_out: set[int]  # of these
+    without: set[int]  # of these, left out
+    name: str  # of the module or parameter
+    is_backward: bool
 
     @property
-    def is_left_out(self) -> bool:
-        """Whether the module is called without it."""
-        return self.key in self.left_out
+    def left_out(self) -> bool:
+        """Whether it is left out."""
+        return self.key in self.without
 
-    @is_left_out.setter
-    def is_left_out(self, value: bool) -> None:
-        (self.left_out.add if value else self.left_out.discard)(self.key)
+    def leave_out(self, way: _Way) -> None:
+        """Call the module without it, or with it again."""
+        (self.without.discard if way is None else self.without.add)(self.key)
         self.hooks.clear()
-        self.hooks.update({k: h for k, h in self.all.items() if k not in self.left_out})
+        self.hooks.update({k: h for k, h in self.all.items() if k not in self.without})
 
 
 def _state(root: nn.Module) -> Iterator[_Attribute | _New]:
+    seen: set[int] = set()
     for module in root.modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue  # it holds its tensors out of Python's sight
-        names = [name for name in vars(module) if name not in _OF_MODULES]
-        yield _New(module, frozenset(vars(module)))
-        for holder, known in ((vars(module), names), (module._buffers, list(module._buffers))):
-            for name in known:
-                value = holder[name]
-                yield _Attribute(holder, name, value, _snapshot(value))
+        yield from _held(vars(module), seen, without=_OF_MODULES)
+        yield from _held(module._buffers, seen)
 
 
-def _hooks(module: nn.Module) -> Iterator[_Hook]:
-    for kind in _HOOKS:
-        hooks = getattr(module, kind)
-        whole, left_out = dict(hooks), set[int]()
-        for key, hook in whole.items():
+def _held(
+    holder: MutableMapping[str, Any], seen: set[int], without: Collection[str] = ()
+) -> Iterator[_Attribute | _New]:
+    yield _New(holder, frozenset(holder))
+    for name, value in list(holder.items()):
+        if name in without:
+            continue
+        yield _Attribute(holder, name, value, _snapshot(value))
+        is_plain = type(value).__module__.partition(".")[0] not in _LIBRARIES
+        if (
+            is_plain
+            and hasattr(value, "__dict__")
+            and not callable(value)
+            and id(value) not in seen
+        ):
+            seen.add(id(value))  # an object of the user's own, with a state of its own
+            yield from _held(vars(value), seen)
+
+
+def _hooks(root: nn.Module) -> Iterator[_Hook]:
+    for name, module in root.named_modules():
+        for kind in _HOOKS:
             # torch's own make weights (weight_norm, spectral_norm, prune).
-            if not str(getattr(hook, "__module__", "") or "").startswith("torch."):
-                yield _Hook(hooks, key, whole, left_out)
+            yield from _hooks_of(
+                getattr(module, kind),
+                f"{kind[1:-1]} of {name or 'the network'}",
+                is_backward=kind in _BACKWARD_HOOKS,
+            )
+    for name, p in root.named_parameters():
+        yield from _hooks_of(p._backward_hooks or {}, f"of {name}", is_backward=True)
 
 
-def _leave_out(parts: Sequence[_Attribute | _New | _Hook], is_same: Callable[[], bool]) -> None:
+def _hooks_of(hooks: MutableMapping[int, Any], name: str, *, is_backward: bool) -> Iterator[_Hook]:
+    whole, without = dict(hooks), set[int]()
+    for key, hook in whole.items():
+        if not str(getattr(hook, "__module__", "") or "").startswith("torch."):
+            yield _Hook(hooks, key, whole, without, name, is_backward)
+
+
+def _leave_out(parts: Sequence[_Attribute | _Hook], is_same: Callable[[], bool]) -> None:
     """Leave out all of them, or each that can be, so that the network stays the same."""
-    for part in parts:
-        part.is_left_out = True
-    if is_same():
-        return
-    for part in parts:
-        part.is_left_out = False
-    for part in parts if len(parts) > 1 else ():
-        part.is_left_out = True
-        part.is_left_out = is_same()
+    for some in (parts, *([part] for part in parts if len(parts) > 1)):
+        for way in _WAYS:
+            for part in some:
+                part.leave_out(way)
+            if is_same():
+                break
+            for part in some:
+                part.leave_out(None)
+        else:
+            continue
+        if some is parts:
+            return
 
 
 def _snapshot(value: Any) -> Callable[[], Any]:

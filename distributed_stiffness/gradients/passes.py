@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distributed_stiffness.errors import GradientError, ModelError, StiffnessError
+from distributed_stiffness.errors import GradientError, StiffnessError
 from distributed_stiffness.gradients.batches import (
     Nest,
     arguments,
@@ -36,7 +36,7 @@ from distributed_stiffness.gradients.loss_head import (
     losses_of,
     whole_loss_head,
 )
-from distributed_stiffness.gradients.network import Network
+from distributed_stiffness.gradients.network import Network, saying
 from distributed_stiffness.gradients.parts import Parts
 from distributed_stiffness.gradients.reading import Pass, Reader
 from distributed_stiffness.gradients.recipe import Recipe, make_recipe
@@ -66,12 +66,17 @@ class Passes:
         self.reader = Reader()
         self._copying: frozenset[str] = frozenset()
         self._one_by_one_names: set[str] = set()
+        self.by_functions: set[str] = set()  # parameters that no rule has made of late
         self._unbatched: set[str] = set()
+        self._needs_graph = False  # a forward pass alone does not run without gradients
+        self._said: set[str] = set()  # parameters of which a warning has told why they are hard
 
     def learn_from(self, other: Passes) -> None:
         """Share what passes of the same network in another precision have shown."""
         self.reader, self._copying = other.reader, other._copying
         self._one_by_one_names, self._unbatched = other._one_by_one_names, other._unbatched
+        self.by_functions = other.by_functions
+        self._said, self._needs_graph = other._said, other._needs_graph
 
     def run(self, inputs: Nest, targets: Nest, copying: Collection[str] | None = None) -> Pass:
         """Make a forward pass and the loss at its end."""
@@ -83,49 +88,44 @@ class Passes:
             tensors((args, kwargs)),
             self._copying if copying is None else copying,
         )
-        try:
-            with torch.enable_grad(), capture, self._network.running():
-                outputs = as_nest(self._called.module(*args, **kwargs))
-        except Exception as error:  # the user's own code: any type of error
-            if isinstance(error, StiffnessError) or is_out_of_memory(error):
-                raise
-            raise ModelError(
-                f"the network does not run on these {n} examples: {type(error).__name__}: {error};"
-                f" they were {_described(inputs)}"
-            ) from error
+        with saying(inputs), torch.enable_grad(), capture, self._network.running():
+            outputs = as_nest(self._called.module(*args, **kwargs))
         if isinstance(self._loss, WholeLoss):
             head = whole_loss_head(outputs, n)
         else:
             require_examples_first(outputs, n)
-            head = loss_head(self._loss, outputs, targets)
+            head = loss_head(self._loss, outputs, targets, self._network.held)
         return Pass(inputs, targets, n, capture, head, head.chosen(outputs))
 
-    @torch.no_grad()
     def forward(self, inputs: Nest, targets: Nest) -> None:
         """Make a forward pass, of the calls that `run` makes."""
         args, kwargs = self._called.arguments(map_tensors(torch.clone, inputs), targets)
-        with TakenApart(), self._network.running():
+        with (
+            torch.set_grad_enabled(self._needs_graph),
+            TakenApart(),
+            self._network.running(),
+        ):
             outputs = as_nest(self._called.module(*args, **kwargs))
         if callable(self._loss):
-            losses_of(self._loss, outputs, targets)
+            losses_of(self._loss, outputs, targets, self._network.held)
 
-    def parts(self, done: Pass, hard: Collection[str], *, anew: bool = False) -> Parts:
+    def parts(self, done: Pass, hard: Mapping[str, str], *, anew: bool = False) -> Parts:
         """Differentiate.
 
         Args:
             done: a pass.
-            hard: parameters that no rule makes.
+            hard: parameters that no rule makes, and why.
             anew: whether it is found in this pass whose the rows are, whatever is known.
         """
         return self._taken_apart(done, hard, anew=anew)[0]
 
     def _taken_apart(
-        self, done: Pass, hard: Collection[str], *, anew: bool = False
+        self, done: Pass, hard: Mapping[str, str], *, anew: bool = False
     ) -> tuple[Parts, list[tuple[str, str, Captured]], dict[str, str]]:
         """Return the parts, every use of every source, and why a parameter has no rule."""
         reading, grads = self.reader.read(done, anew=anew)
         derived = done.capture.derived
-        why = dict.fromkeys(hard, "its uses do not tell its gradient")
+        why = dict(hard)
         for source, reason in reading.why.items():
             # What cannot be done for a tensor made of parameters cannot be done for those.
             of = derived[source].parameters if source in derived else [source]
@@ -148,7 +148,7 @@ class Passes:
             done,
             self._parameters,
             dict(captured),
-            self._by_functions(done, names),
+            self._by_functions(done, names, hard),
             dict(through),
             self._unbatched,
         )
@@ -162,7 +162,12 @@ class Passes:
             for again in (torch.zeros(n, dtype=torch.int64, device="cpu") for n in (2, 3))
         )
         self._copying = _copying(two, three)
-        parts, uses, why = self._taken_apart(self.run(inputs, targets), ())
+        try:
+            with torch.no_grad():
+                self.forward(inputs, targets)
+        except RuntimeError:
+            self._needs_graph = True  # it differentiates on its way
+        parts, uses, why = self._taken_apart(self.run(inputs, targets), {})
         loops = {name for name in why if name in self._one_by_one_names}
         return make_recipe(
             uses,
@@ -173,10 +178,22 @@ class Passes:
             one_by_one=loops,
         )
 
+    def one_by_one(self, names: Collection[str]) -> bool:
+        """Differentiate some parameters one example at a time; whether any was not."""
+        new = set(names) - self._one_by_one_names
+        self._one_by_one_names |= new
+        self._said |= new
+        if new:
+            _warn_of_single_examples(sorted(new), "nothing, and was wrong", [])
+        return bool(new)
+
     # What has no rule
 
-    def _by_functions(self, done: Pass, names: Sequence[str]) -> dict[str, Tensor]:
+    def _by_functions(
+        self, done: Pass, names: Sequence[str], hard: Mapping[str, str]
+    ) -> dict[str, Tensor]:
         """Differentiate by torch.func, or what even that cannot do one example at a time."""
+        self.by_functions.update(names)
         batched = tuple(name for name in names if name not in self._one_by_one_names)
         found: dict[str, Tensor] = {}
         refused = None
@@ -194,14 +211,12 @@ class Passes:
         alone = tuple(name for name in names if name in self._one_by_one_names)
         if alone:
             found |= self._one_by_one(done, alone)
+        new = [name for name in hard if name in names and name not in self._said]
+        self._said.update(new)
         if refused is not None:
-            modules = sorted({name.rpartition(".")[0] or "the network" for name in batched})
-            warnings.warn(
-                f"no structured rule and no torch.func for {', '.join(batched)} (in"
-                f" {', '.join(modules)}): their gradients are computed one example at a time,"
-                f" which takes as long as training on single examples. torch.func said: {refused}",
-                stacklevel=2,
-            )
+            _warn_of_single_examples(batched, refused, [hard[name] for name in new])
+        elif new:
+            _warn_of_another_way(new, hard)
         return found
 
     def _functional(self, done: Pass, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -325,6 +340,29 @@ class _LossInside(nn.Module):
         return self.loss.function(self.model, batch)
 
 
+def _warn_of_single_examples(names: Sequence[str], refused: object, reasons: Sequence[str]) -> None:
+    why = f" ({reasons[0]})" if reasons else ""
+    warnings.warn(
+        f"no structured rule{why} and no torch.func for {', '.join(map(repr, names))} (in"
+        f" {_modules(names)}): their gradients are computed one example at a time, which takes as"
+        f" long as training on single examples. torch.func said: {refused}",
+        stacklevel=2,
+    )
+
+
+def _warn_of_another_way(names: Sequence[str], hard: Mapping[str, str]) -> None:
+    warnings.warn(
+        f"the gradient of {', '.join(map(repr, names))} (in {_modules(names)}) is made by"
+        " torch.func, which is slower than a rule, though not as slow as one example at a time:"
+        f" {hard[names[0]]}",
+        stacklevel=2,
+    )
+
+
+def _modules(names: Sequence[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[0] or "the network" for name in names}))
+
+
 def _copying(two: Capture, three: Capture) -> frozenset[str]:
     """Calls whose output grows with the number of examples though they take sources alone."""
     growing = {
@@ -336,10 +374,4 @@ def _copying(two: Capture, three: Capture) -> frozenset[str]:
         three.derived[name].call
         for name in growing
         if not growing.intersection(three.derived[name].made_of)
-    )
-
-
-def _described(inputs: Nest) -> str:
-    return ", ".join(
-        f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors(inputs)
     )

@@ -16,13 +16,13 @@ import contextlib
 import copy
 import fnmatch
 import functools
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from distributed_stiffness.errors import GradientError, ModelError
 from distributed_stiffness.gradients.batch_check import (
@@ -116,7 +116,7 @@ class PerExampleGradients:
         with full_float32():
             recipe = self._passes.read_recipe(*self._on_device(*self._sample))
         self._current = _Current(recipe if factored is None else recipe.with_factored(factored))
-        self.hard: set[str] = set()  # parameters that rules make wrong: they go another way
+        self.hard: dict[str, str] = {}  # parameters that go another way than by rules, and why
 
     @property
     def recipe(self) -> Recipe:
@@ -388,19 +388,20 @@ class PerExampleGradients:
         exact._bind(self.parameters, self._passes)
         return exact
 
-    def give_up_rules(self, names: Collection[str], differences: Mapping[str, float]) -> None:
-        """Make some gradients another way from now on: rules make them wrong."""
-        self.hard.update(names)
-        worst = max(names, key=lambda name: differences[name])
-        modules = sorted({name.rpartition(".")[0] or "the network" for name in names})
-        warnings.warn(
-            f"the gradients of {', '.join(map(repr, sorted(names)))} (in {', '.join(modules)}) are not what"
-            f" the calls that take them say (they differ from one-example autograd by up to"
-            f" {differences[worst]:.1g} of an example's whole gradient: a derivative inside the"
-            " network, or code that torch does not show): they are computed by torch.func, or else"
-            " one example at a time",
-            stacklevel=2,
-        )
+    def take_another_way(self, differences: Mapping[str, float]) -> bool:
+        """Make some gradients another way from now on: they are wrong by so much.
+
+        Returns:
+            Whether there was another one: torch.func in place of rules, then one by one.
+        """
+        by_rules = differences.keys() - self._passes.by_functions
+        for name, size in differences.items():
+            self.hard[name] = (
+                f"its calls do not tell it: it differs from one-example autograd by {size:.1g} of"
+                " an example's whole gradient, as where a derivative is taken inside the network,"
+                " or code that torch does not show takes it"
+            )
+        return bool(by_rules) or self._passes.one_by_one(differences.keys())
 
     def distrust_shapes(self) -> None:
         """Find in every batch anew whose its rows are: here it does not follow from shapes."""
@@ -427,10 +428,22 @@ def device_of(model: nn.Module) -> torch.device:
     Raises:
         ModelError: it has none.
     """
-    first = next(model.parameters(), None)
-    if first is None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"the network is {model!r}: expected a torch.nn.Module (one that was made, not its"
+            " class); a loss that calls functions can be a WholeLoss"
+        )
+    parameters = dict(model.named_parameters())
+    if not parameters:
         raise ModelError("the network has no parameter that requires a gradient")
-    return first.device
+    for name, p in parameters.items():
+        if is_lazy(p) or p.is_meta:
+            raise ModelError(
+                f"the parameter {name!r} has no numbers yet (it is"
+                f" {'lazy: run the network once' if is_lazy(p) else 'on the meta device'}):"
+                " expected a network with its weights"
+            )
+    return next(iter(parameters.values())).device
 
 
 def _keep_freed_memory() -> None:
@@ -472,7 +485,7 @@ def patterns_of(given: Sequence[str] | str, what: str) -> Sequence[str]:
     """
     if isinstance(given, str):
         return [given]
-    if not all(isinstance(pattern, str) for pattern in given):
+    if not isinstance(given, Collection) or not all(isinstance(p, str) for p in given):
         raise ModelError(f"{what}: {given!r} are no patterns: expected strings such as '*.weight'")
     return given
 

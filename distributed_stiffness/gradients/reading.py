@@ -5,6 +5,7 @@ Axis letters: N examples, R rows of a use.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from distributed_stiffness.gradients.batches import Nest
 from distributed_stiffness.gradients.capture import Capture, hidden_uses
 from distributed_stiffness.gradients.layout import Layout, find_owners, multiples
 from distributed_stiffness.gradients.loss_head import LossHead
+from distributed_stiffness.gradients.network import saying_backward
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,14 @@ class Pass:
         ]
         if not chosen or not starts:
             return [None] * len(chosen)
-        found = torch.autograd.grad(
-            [o for o, _ in starts],
-            [use.edge for use in chosen],
-            grad_outputs=[d for _, d in starts],
-            allow_unused=True,
-            retain_graph=again,
-        )
+        with saying_backward():
+            found = torch.autograd.grad(
+                [o for o, _ in starts],
+                [use.edge for use in chosen],
+                grad_outputs=[d for _, d in starts],
+                allow_unused=True,
+                retain_graph=again,
+            )
         return [
             None if grad is None else grad.detach().reshape(use.output_shape)
             for use, grad in zip(chosen, found, strict=True)
@@ -139,7 +142,7 @@ class Reader:
 
 
 def _flat(rows: Tensor) -> Tensor:
-    return rows.reshape(len(rows), -1)
+    return rows.reshape(len(rows), math.prod(rows.shape[1:]))
 
 
 def _beside(values_N: Tensor, like: Tensor) -> Tensor:

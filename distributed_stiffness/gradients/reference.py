@@ -25,7 +25,7 @@ from distributed_stiffness.gradients.batches import (
     take,
 )
 from distributed_stiffness.gradients.loss_head import Loss, WholeLoss, double_loss, logits_of
-from distributed_stiffness.gradients.network import Network
+from distributed_stiffness.gradients.network import Network, saying, saying_backward
 from distributed_stiffness.gradients.surroundings import NoLessThan
 from distributed_stiffness.tiling import pieces
 
@@ -89,10 +89,10 @@ class Reference:
                 with network.running() as module:
                     whole = batch if targets is None else (batch, targets)
                     return loss.function(module, whole)
-            with network.running() as module:
+            with saying(batch), network.running() as module:
                 outputs = call(module, batch)
             doubled = map_tensors(lambda t: t.double() if t.is_floating_point() else t, outputs)
-            with NoLessThan(torch.float64):
+            with NoLessThan(torch.float64, network.held):
                 return loss(doubled, targets)
 
     def _differentiate(
@@ -111,7 +111,7 @@ class Reference:
         seen(losses.detach())
         if weigh is not None:
             losses = losses.double() * weigh(losses.detach().double())
-        with torch.enable_grad(), NoLessThan(self.network.dtype):
+        with saying_backward(), torch.enable_grad(), NoLessThan(self.network.dtype):
             value = losses.sum()
             if not value.requires_grad:
                 return {name: torch.zeros_like(p) for name, p in self.parameters.items()}

@@ -9,13 +9,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from distributed_stiffness.errors import ModelError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,6 +41,7 @@ def undisturbed() -> Iterator[None]:
             torch.enable_grad(),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
+            torch.autograd.set_detect_anomaly(False),
             contextlib.nullcontext() if on_cpu else torch.device("cpu"),
         ):
             torch.set_default_dtype(torch.float32)
@@ -65,15 +70,29 @@ class NoLessThan(TorchFunctionMode):
     their own. While this mode is active a cast to a shorter format is one to `dtype`, and
     arguments in a shorter one are cast to it: the numbers are those that the code means, as well as
     `dtype` can hold them.
+
+    Args:
+        dtype: the format.
+        held: parameters by `id` that the code must not take: those of which a network has copies.
+        no_more: whether casts to a longer format are casts to `dtype` too.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        held: Mapping[int, str] = MappingProxyType({}),
+        *,
+        no_more: bool = False,
+    ) -> None:
         super().__init__()
-        self.dtype = dtype
-        shorter = (torch.float16, torch.bfloat16, torch.float32)
-        self._instead = {k: dtype for k in shorter if k.itemsize < dtype.itemsize}
+        self.dtype, self._held = dtype, held
+        kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        self._instead = {k: dtype for k in kinds if k.itemsize < dtype.itemsize or no_more}
+        self._instead.pop(dtype, None)
+        self._instead_of: dict[Any, Callable[..., Any]] = {F.batch_norm: _batch_norm}
         if dtype == torch.float64:
             self._instead[torch.complex64] = torch.complex128
+            self._instead_of |= dict.fromkeys(_GROUPED_PRODUCTS, _grouped_product)
 
     def __torch_function__(
         self,
@@ -84,8 +103,11 @@ class NoLessThan(TorchFunctionMode):
     ) -> Any:
         """Make the call with longer numbers."""
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if self._held:
+            self._require_own((*args, *kwargs.values()))
         if name == "__get__":  # of an attribute, such as `x.shape`
             return func(*args, **kwargs)
+        func = self._instead_of.get(func, func)
         if name in _CASTS and _CASTS[name] in self._instead and len(args) == 1:
             return args[0].to(self.dtype)
         kept = args[: is_write(func)]  # what is written stays what it is
@@ -99,6 +121,19 @@ class NoLessThan(TorchFunctionMode):
         makes = isinstance(output, Tensor) and not any(isinstance(a, Tensor) for a in args)
         return self._long(output) if makes and not kept else output
 
+    def _require_own(self, values: Iterable[Any]) -> None:
+        for value in values:
+            if id(value) in self._held:
+                raise ModelError(
+                    f"the network or its loss takes the weight {self._held[id(value)]!r} past the"
+                    " module that holds it (by a closure, a patched method, a hook, a global name"
+                    " or a reference of its own), so that no copy of the network can be run in its"
+                    " place: reach layers by attributes of the module, and give a loss that takes"
+                    " weights as a WholeLoss of the model that it is given"
+                )
+            if type(value) in (list, tuple):
+                self._require_own(value)
+
     def _long(self, value: Any) -> Any:
         """Return a dtype, a tensor, or tensors in lists, without what is shorter."""
         if isinstance(value, Tensor):
@@ -110,7 +145,55 @@ class NoLessThan(TorchFunctionMode):
         return value
 
 
-_CASTS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch normalisation, of one example in running statistics spelt out.
+
+    There torch 2.14 takes a gradient for channels last that is not, on a CPU.
+    """
+    if training or len(x) != 1 or running_mean is None or running_var is None:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    y = (x - running_mean.view(shape)) * (running_var.view(shape) + eps).rsqrt()
+    y = y if weight is None else y * weight.view(shape)
+    return y if bias is None else y + bias.view(shape)
+
+
+def _grouped_product(
+    x: Tensor, weights: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
+) -> Tensor:
+    """Rows by groups times a matrix a group, which torch has not for float64."""
+    del out_dtype
+    if x.dim() != 2 or weights.dim() != 3 or offs is None or bias is not None:
+        raise NotImplementedError("a grouped product of another kind, in float64")
+    parts, start = [], 0
+    for group, stop in enumerate(offs.tolist()):
+        if stop > start:
+            parts.append(x[start:stop] @ weights[group])
+        start = stop
+    parts.append(x.new_zeros(len(x) - start, weights.shape[2]))  # rows of no group
+    return torch.cat(parts)
+
+
+_GROUPED_PRODUCTS = [
+    function
+    for function in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
+    if function is not None
+]
+_CASTS = {
+    "float": torch.float32,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "double": torch.float64,
+}
 
 
 def is_write(func: Callable[..., Any]) -> bool:
