@@ -19,12 +19,13 @@ from distributed_stiffness.analysis.distance import distance_profile
 from distributed_stiffness.analysis.metric import DISTANCE, Distance
 from distributed_stiffness.analysis.neighbours import neighbours
 from distributed_stiffness.analysis.paired import paired_differences
-from distributed_stiffness.analysis.pairs import Splits
+from distributed_stiffness.analysis.pairs import Splits, checkpoint_dims
 from distributed_stiffness.analysis.spectrum import EIGENVALUES, participation_ratio, spectrum
 from distributed_stiffness.analysis.summary import Summary, summary
 from distributed_stiffness.analysis.sums import row_sums
 from distributed_stiffness.analysis.superclasses import superclass_contrast, superclass_matrix
 from distributed_stiffness.analysis.teaching import teaching, teaching_extremes
+from distributed_stiffness.errors import DataError
 from distributed_stiffness.progress import Progress
 
 
@@ -45,7 +46,14 @@ class StiffnessAccessor:
 
     @property
     def sign(self) -> xr.DataArray:
-        """Sign stiffness of every pair: 1, 0 or −1; NaN where it is not computed yet."""
+        """Sign stiffness of every pair: 1, 0 or −1; NaN where it is not computed yet.
+
+        Raises:
+            DataError: it is no store, or keeps no pairs.
+        """
+        checkpoint_dims(self._ds)
+        if "cosine" not in self._ds:
+            raise DataError("this store keeps sums over each example's pairs, not pairs: no signs")
         cosine = self._ds["cosine"]
         return cosine.copy(data=np.sign(cosine.data)).assign_attrs(
             long_name="sign of the product of two loss gradients",
@@ -96,10 +104,10 @@ class StiffnessAccessor:
         )
 
     def split_blocks(
-        self, reduction: Callable[..., xr.Dataset] = within_between, **options: Any
+        self, reduction: Callable[..., xr.Dataset] | None = None, **options: Any
     ) -> xr.Dataset:
         """See `distributed_stiffness.analysis.split_blocks`."""
-        return split_blocks(self._ds, reduction, **options)
+        return split_blocks(self._ds, reduction or within_between, **options)
 
     def paired_differences(self, second: xr.Dataset, *, splits: Splits | None = None) -> xr.Dataset:
         """See `distributed_stiffness.analysis.paired_differences`."""

@@ -42,7 +42,14 @@ from distributed_stiffness.analysis.pairs import (
     origin,
     select,
 )
-from distributed_stiffness.analysis.sums import COSINE, COSINE_PAIRS, PAIRS, SIGN, SUMS
+from distributed_stiffness.analysis.sums import (
+    COSINE,
+    COSINE_PAIRS,
+    PAIRS,
+    SIGN,
+    SUMS,
+    in_one_piece,
+)
 from distributed_stiffness.errors import DataError
 
 LARGEST = 2.0  # 1 − cosine of two inputs is at most this
@@ -91,7 +98,7 @@ def distance_profile(
     binned = binned_sums(ds, bins, edges, distance=distance, splits=splits)
     sums = _of_rows(binned).sum("example")
     both = sums.sum("relation").expand_dims("relation")
-    sums = xr.concat([both, sums.drop_vars("relation")], dim="relation")
+    sums = xr.concat([both, sums.drop_vars("relation")], dim="relation").chunk(relation=-1)
     result = xr.Dataset(
         {
             "cosine": sums["cosine_sum"] / sums["cosine_pairs"].where(sums["cosine_pairs"] > 0),
@@ -247,8 +254,9 @@ def _of_rows(binned: BinnedSums) -> xr.Dataset:
     chosen = binned.chosen
     dims = (*leading_dims(chosen), "example", "relation", "distance_bin")
     kept = {name: c for name, c in chosen.coords.items() if set(c.dims) <= set(dims)}
+    whole = in_one_piece(binned.sides[0], len(leading_dims(chosen)))
     return xr.Dataset(
-        {name: (dims, binned.sides[0][..., k]) for k, name in enumerate(SUMS)},
+        {name: (dims, whole[..., k]) for k, name in enumerate(SUMS)},
         coords=kept
         | {"relation": as_text(["within", "between"])}
         | bin_coordinates(binned.edges, binned.distance),

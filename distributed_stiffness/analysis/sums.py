@@ -158,13 +158,19 @@ def _sums(cosine: da.Array, labels: Labels, n_groups: int) -> da.Array:
     ).sum(axis=cosine.ndim - 1)
 
 
+def in_one_piece(of_examples: da.Array, axis: int) -> da.Array:
+    """Put numbers of examples into one chunk: those of a split may not be cut as Zarr cuts."""
+    return of_examples.rechunk({axis: -1})
+
+
 def of_rows(sums: GroupedSums) -> xr.Dataset:
     """Return the sums of rows as a described Dataset."""
     chosen, other = sums.chosen, f"other_{sums.groups.by}"
     dims = (*leading_dims(chosen), "example", other)
     kept = {name: c for name, c in chosen.coords.items() if set(c.dims) <= set(dims)}
+    whole = in_one_piece(sums.sides[0], len(leading_dims(chosen)))
     result = xr.Dataset(
-        {name: (dims, sums.sides[0][..., k]) for k, name in enumerate(SUMS)},
+        {name: (dims, whole[..., k]) for k, name in enumerate(SUMS)},
         coords=kept | {other: sums.groups.names},
         attrs={"splits": chosen.attrs["splits"]},
     )

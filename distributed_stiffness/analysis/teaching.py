@@ -18,7 +18,14 @@ from distributed_stiffness.analysis.pairs import (
     origin,
     select,
 )
-from distributed_stiffness.analysis.sums import COSINE, COSINE_PAIRS, PAIRS, SIGN, grouped_sums
+from distributed_stiffness.analysis.sums import (
+    COSINE,
+    COSINE_PAIRS,
+    PAIRS,
+    SIGN,
+    grouped_sums,
+    in_one_piece,
+)
 from distributed_stiffness.errors import DataError
 
 RELATIONS = ("within", "between", "all")
@@ -51,8 +58,9 @@ def teaching(ds: xr.Dataset, *, splits: Splits | None = None) -> xr.Dataset:
         DataError: the store lacks what is asked for.
     """
     sums = grouped_sums(select(ds, splits), "class_name")
-    chosen, by_class = sums.chosen, sums.sides[0]
-    n_lead, n_groups = by_class.ndim - 3, by_class.shape[-2]
+    chosen, n_lead = sums.chosen, len(leading_dims(sums.chosen))
+    by_class = in_one_piece(sums.sides[0], n_lead)
+    n_groups = by_class.shape[-2]
     own = (sums.groups.rows[:, None] == np.arange(n_groups)).astype(np.float64)
     within = (by_class * own[..., None]).sum(axis=-2)
     every = by_class.sum(axis=-2)
