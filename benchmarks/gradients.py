@@ -161,7 +161,7 @@ def ours(
         parameters=parameters,
         check=False,
     )
-    return matrix.values, matrix.attrs["parameters"]
+    return matrix.values, json.loads(matrix.attrs["parameters"])
 
 
 def unwatched(model: nn.Module, inputs: Tensor, targets: Tensor, **settings: Any) -> Matrix:

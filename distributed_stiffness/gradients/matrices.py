@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,9 +58,9 @@ def cosine_matrix(
 
     Returns:
         Dims (example, other), float32 in [−1, 1]; 0 where a gradient is 0. Attributes:
-        `parameters` (names), and with `check` `error_bound`, `error_bound_examples` (that it was
-        measured on) and `undecided_signs` (pairs, i < j without `others`, whose |cosine| is below
-        the bound).
+        `parameters` (names, as JSON text: files of any kind keep it), and with `check`
+        `error_bound`, `error_bound_examples` (that it was measured on) and `undecided_signs`
+        (pairs, i < j without `others`, whose |cosine| is below the bound).
 
     Raises:
         GradientError: per-example gradients are not defined or not finite, or the error bound is
@@ -76,7 +77,7 @@ def cosine_matrix(
     """
     work = MatrixWork.of(model, loss, examples, others, parameters, precision, memory, check)
     (values,), _ = work.matrices(progress=progress)
-    attrs: dict[str, Any] = {"parameters": list(work.gradients.parameters)}
+    attrs: dict[str, Any] = {"parameters": json.dumps(list(work.gradients.parameters))}
     if check:
         attrs |= work.bound_of_cosines(values[None], allow_error=allow_error)
         below = np.abs(values) < attrs["error_bound"]
@@ -104,7 +105,7 @@ def gram_matrix(
     """
     work = MatrixWork.of(model, loss, examples, others, parameters, precision, memory, check)
     (values,), ((rows, columns),) = work.matrices(progress=progress)
-    attrs: dict[str, Any] = {"parameters": list(work.gradients.parameters)}
+    attrs: dict[str, Any] = {"parameters": json.dumps(list(work.gradients.parameters))}
     if check:
         attrs |= work.bound_of_products(values, rows, columns, allow_error=allow_error)
     products = torch.from_numpy(values).double()
@@ -162,7 +163,7 @@ def layer_cosines(
     found = _labelled(
         values, "cosine of two loss gradients", attrs, dims=("parameter_group", "example", "other")
     )
-    return found.assign_coords(parameter_group=np.array(list(chosen), dtype=object))
+    return found.assign_coords(parameter_group=np.array(list(chosen), dtype=np.str_))
 
 
 @in_fresh_surroundings

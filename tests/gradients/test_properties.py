@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import reference
@@ -335,7 +337,9 @@ class TestWhatComesWithAMatrix:
         assert found.dims == ("example", "other")
         assert found.dtype == np.float32
         assert found.attrs["units"] == "1"
-        assert found.attrs["parameters"] == [name for name, _ in network(0).named_parameters()]
+        assert json.loads(found.attrs["parameters"]) == [
+            name for name, _ in network(0).named_parameters()
+        ]
         below = abs(found.values) < found.attrs["error_bound"]
         assert found.attrs["undecided_signs"] == np.triu(below, 1).sum()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -852,7 +853,7 @@ class TestParametersInPlay:
         )
 
         found = cosine_matrix(model, "cross_entropy", (x, classes()), parameters=["0.*"])
-        assert found.attrs["parameters"] == ["0.weight", "0.bias"]
+        assert json.loads(found.attrs["parameters"]) == ["0.weight", "0.bias"]
         assert abs(found.values - expected.numpy()).max() <= 2e-6
 
     def test_a_pattern_that_matches_nothing_is_refused(self):
