@@ -20,6 +20,7 @@ from distributed_stiffness.analysis import Summary, summary
 from distributed_stiffness.attributes import decoded
 from distributed_stiffness.figures import VIEWS, View
 from distributed_stiffness.figures.checkpoints import Names, with_run_dims
+from distributed_stiffness.paths import Location, local
 from distributed_stiffness.report.evidence import evidence, uncertain
 from distributed_stiffness.report.findings import errors_note, findings
 from distributed_stiffness.report.matrices import heat_maps
@@ -34,7 +35,7 @@ SCRIPTS = ("copy.js", "heatmap.js")
 def write_report(
     ds: xr.Dataset | Summary,
     figures: Mapping[str, Path],
-    path: str | Path,
+    path: Location,
     *,
     store: str | None = None,
 ) -> Path:
@@ -82,7 +83,7 @@ def write_report(
         study=_pretty(_as_given(attrs.get("study"))),
         fingerprint=_pretty(attrs.get("fingerprint")),
     )
-    path = Path(path)
+    path = local(path, "the report")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
