@@ -36,20 +36,28 @@ def identities(ds: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
         told.append(("split", "other_split"))
     identity = np.zeros(n + ds.sizes["other"], dtype=np.int64)
     for row, column in told:
-        names = ds[row].values, ds[column].values
-        texts = [of.dtype.kind in "OUST" for of in names]
-        named = [name in ds.coords for name in (row, column)]
-        # Without a coordinate xarray counts: whole dimensions are of the same examples.
-        counted = not any(named) and len(names[0]) == len(names[1])
-        if texts[0] != texts[1] or not (all(named) or counted):
+        if not _name_alike(ds, row, column):
             raise DataError(
                 f"which pairs are of an example with itself cannot be told: {row!r} and {column!r}"
-                " do not name the examples of rows and columns alike. Select from a store with its"
-                " coordinates, and leave them as they are"
+                " do not name the examples of rows and columns alike, each once for its row or"
+                " column. Select from a store with its coordinates and leave them as they are;"
+                " several draws of examples are reduced one after the other"
             )
+        names = ds[row].values, ds[column].values
         _, number = np.unique(np.concatenate(names), return_inverse=True)
         identity = identity * (number.max(initial=0) + 1) + number
     return identity[:n], identity[n:]
+
+
+def _name_alike(ds: xr.Dataset, row: str, column: str) -> bool:
+    names = ds[row], ds[column]
+    if any(of.ndim != 1 or bool(of.isnull().any()) for of in names):
+        return False
+    texts = {of.dtype.kind in "OUST" for of in names}
+    named = {name in ds.coords for name in (row, column)}
+    # Without a coordinate xarray counts: whole dimensions are of the same examples.
+    counted = named == {False} and names[0].size == names[1].size
+    return len(texts) == 1 and (named == {True} or counted)
 
 
 def places(numbers: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -148,6 +148,8 @@ def select(ds: xr.Dataset, splits: Splits | None) -> xr.Dataset:
         DataError: there are no cosines, or not the splits asked for.
     """
     checkpoint_dims(ds)
+    if not ds.sizes["example"] * ds.sizes["other"]:
+        raise DataError("there is no example in the rows, or none in the columns: no pairs")
     ds = with_labels_in_memory(ds)
     rows, columns = identities(ds)
     kept = _sums_kept(ds, rows, columns) if CLASS_SUMS in ds else _pairs_kept(ds)
@@ -284,6 +286,8 @@ def grouping(chosen: xr.Dataset, by: str) -> Grouping:
             f"cannot group by {by!r}: the store has no coordinates {by!r} and {twin!r}, only"
             f" {sorted(map(str, chosen.coords))}: {hint}"
         )
+    if chosen[by].isnull().any() or chosen[twin].isnull().any():
+        raise DataError(f"cannot group by {by!r}: some examples have none; leave them out")
     rows, columns = chosen[by].values, chosen[twin].values
     found = {*rows.tolist(), *columns.tolist()}
     ordered = [name for name in _listed(chosen.attrs.get(f"{by}s")) if name in found]
@@ -391,6 +395,11 @@ def _splits_of(ds: xr.Dataset, splits: Splits | None) -> Splits | None:
                 " split and other_split): leave splits out"
             )
         return None
+    if splits is not None and (isinstance(splits, str) or len(splits) != 2):
+        raise DataError(
+            f"splits is {splits!r}: expected that of the rows and that of the columns, such as"
+            " ('train', 'validation')"
+        )
     there = [set(ds[name].values.astype(str).tolist()) for name in ("split", "other_split")]
     if splits is None:
         found = sorted(there[0] | there[1])
@@ -458,7 +467,10 @@ def _in_blocks(chosen: xr.Dataset) -> xr.Dataset:
 
 def _listed(names: object) -> list[str]:
     if isinstance(names, str):
-        names = json.loads(names)
+        try:
+            names = json.loads(names)
+        except ValueError:  # of a store that somebody edited
+            return []
     return list(names) if isinstance(names, list | tuple) else []
 
 
