@@ -20,9 +20,9 @@ from distributed_stiffness.study import Study
 
 
 def say(lines: list[str]) -> None:
-    """Print lines to standard output."""
+    """Print lines to standard output; in red, on a terminal, what warns."""
     for line in lines:
-        typer.echo(line)
+        typer.secho(line, fg="red" if line.startswith("WARNING") else None)
 
 
 def checked_run(**options: Any) -> Any:

@@ -31,6 +31,7 @@ from distributed_stiffness.figures.style import (
 
 # More names than this on an axis are not legible: groups of them are named instead.
 MOST_NAMES = 30
+LONGEST_NAME = 32  # letters of a name along an axis
 COLOURS = "RdBu_r"
 
 
@@ -107,6 +108,11 @@ class _Names:
     size: float  # of the letters, in points
     inches: float  # side of a panel
 
+    @property
+    def longest(self) -> float:
+        """Inches that the longest name takes beyond a few letters."""
+        return max(max(map(len, self.labels), default=0) - 10, 0) * 0.6 * self.size / 72
+
 
 @dataclass(frozen=True)
 class _Grid:
@@ -141,11 +147,12 @@ def _figure(
     norm = colour_scale(matrix[measure].values)
     matrix = of_learning_rate(of_seed(matrix, seed), learning_rate)
     grid = _grid(matrix, measure, class_labels, dim, norm)
-    side = grid.names.inches
+    side, longest = grid.names.inches, grid.names.longest
+    # Wide enough for the title and the legend of the colours over one panel.
+    width = max(grid.columns * (side + 0.1) + 1.2, 6.0) + longest
     with style():
         figure = Figure(
-            # Wide enough for the title and the legend of the colours over one panel.
-            figsize=(max(grid.columns * (side + 0.1) + 1.2, 6.0), grid.rows * (side + 0.45) + 2.0),
+            figsize=(width, grid.rows * (side + 0.45) + 2.0 + longest),
             layout="constrained",
         )
         axes = figure.subplots(grid.rows, grid.columns, squeeze=False)
@@ -193,13 +200,13 @@ def _grid(
 
 
 def _names(values: xr.DataArray, dim: str, class_labels: bool | None) -> _Names:
-    every = [in_one_line(str(name)) for name in values[dim].values]
+    every = [in_one_line(str(name), LONGEST_NAME) for name in values[dim].values]
     n, none = len(every), np.array([])
     if n <= MOST_NAMES and class_labels is not False:
         inches = 2.1 if n <= 12 else 3.4
         return _Names(np.arange(n), every, none, 8 if n <= 12 else 7, inches)
     above = (
-        [in_one_line(str(name)) for name in values["superclass_name"].values]
+        [in_one_line(str(name), LONGEST_NAME) for name in values["superclass_name"].values]
         if ("superclass_name" in values.coords)
         else []
     )

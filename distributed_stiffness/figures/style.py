@@ -41,11 +41,15 @@ def style() -> Iterator[None]:
         yield
 
 
-def in_one_line(name: str) -> str:
+def in_one_line(name: str, most: int | None = None) -> str:
     """Return a name as it can be drawn and printed: ↵ for the end of a line, � for what is no sign.
 
-    All else stays as it was given; that a dollar begins no formula is a matter of the style.
+    All else stays as it was given; that a dollar begins no formula is a matter of the style. Of a
+    name of more than `most` letters the beginning and the end are kept.
     """
+    if most is not None and len(name) > most:
+        tail = most // 3
+        name = f"{name[: most - tail - 1]}…{name[len(name) - tail :]}"
     return "".join(
         char
         if category(char) not in ("Cc", "Cs")

@@ -116,8 +116,7 @@ def _example(
 ) -> None:
     one = at.isel(example=position)
     number = int(one["index"]) if "index" in one.coords else one["example"].item()
-    name = in_one_line(str(one["class_name"].item()))
-    short = name if len(name) <= 14 else f"{name[:13]}…"
+    short = in_one_line(str(one["class_name"].item()), most=14)
     mean = f"{value:+.{2 if abs(value) >= 0.1 else 3}f}".replace("-", "−")
     if picture is None:
         ax.spines[:].set(visible=True, color="0.85")

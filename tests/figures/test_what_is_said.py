@@ -164,6 +164,7 @@ class TestNamesInFigures:
         """What ends a line, or is no sign, is drawn as a sign of its own; all else stays."""
         assert in_one_line("a\nb") == "a↵b"
         assert in_one_line("caf\udce9\x07") == "caf��"
+        assert in_one_line("x" * 20 + "y" * 20, most=9) == "xxxxx…yyy"
         for name in ("", "nan", "日本語", "🦊", "e\u0301", "a\u00a0b", "x" * 300, *AWKWARD):
             assert in_one_line(name) == name
 
@@ -172,6 +173,15 @@ class TestNamesInFigures:
         for name, figure in figures(summary(with_class_names(("🦊", "日本語", "a\nb", "")))):
             saved = save(figure, tmp_path / f"{name}.png")
             assert saved.read_bytes().startswith(b"\x89PNG")
+
+    def test_long_names_leave_room_for_the_matrix(self):
+        """Of three hundred letters beginning and end are drawn; warnings are errors here."""
+        numbers = summary(with_class_names(("a" * 300, "b" * 299 + "c", "d", "e")))
+        figure = VIEWS["class_matrices_sign"].draw(numbers)
+
+        assert f"{'b' * 21}…{'b' * 9}c" in texts(figure)
+        figure.draw_without_rendering()
+        assert figure.axes[0].get_window_extent().width > 100
 
     def test_powers_of_ten_are_written_without_formulas(self):
         """Logarithmic axes have ticks such as 10⁻²."""
