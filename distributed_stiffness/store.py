@@ -19,7 +19,7 @@ import subprocess
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -135,7 +135,7 @@ _VARIABLES: Mapping[str, _Variable] = {
         "float64",
         "bound on the error of a cosine",
         "Largest difference from one-example float64 autograd over a sample of pairs, times a"
-        f" margin of {MARGIN:g}; NaN: not checked yet.",
+        f" margin of {MARGIN:g} or more; NaN: not checked yet.",
     ),
     "undecided": _Variable(
         _RUN,
@@ -616,9 +616,7 @@ def create_or_continue(
     return store
 
 
-def refuse_another_study(
-    url: Location, study: Study, data: StudyData, *, tile: int | None
-) -> None:
+def refuse_another_study(url: Location, study: Study, data: StudyData, *, tile: int | None) -> None:
     """Compare fingerprints, where there is a store; `tile` None takes the store's.
 
     Raises:
@@ -785,7 +783,7 @@ def _coordinates(study: Study, data: StudyData) -> Iterator[_Coordinate]:
     for name, values, meaning in (
         ("learning_rate", np.asarray(training.learning_rates), _meaning_of_rate(training)),
         ("seed", np.asarray(training.seeds), "seed of the weights and of the order of examples"),
-        ("iteration", steps, "optimiser steps done"),
+        ("iteration", steps, "step" if training.imported else "optimiser steps done"),
     ):
         yield _Coordinate(name, (name,), values, meaning)
     if not training.imported:  # else nobody knows the batches
@@ -1020,4 +1018,7 @@ def stored_plan(url: str, plan: Plan) -> Plan:
     fits = all(
         getattr(was, name) <= getattr(plan, name) for name in ("panel_rows", "row_bytes", "batch")
     )
-    return was if same_matrix and fits else plan
+    if not (same_matrix and fits):
+        return plan
+    checks = {name: getattr(plan, name) for name in ("checked_share", "checked_work", "sample")}
+    return replace(was, allow_error=plan.allow_error, **checks)
