@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from distributed_stiffness.errors import StoreError
 from distributed_stiffness.paths import Location, located
-from distributed_stiffness.study import rate_in_words
+from distributed_stiffness.study import NOT_GIVEN, rate_in_words
 
 METRICS = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
 
@@ -41,7 +41,10 @@ class TrainingRun:
     seed: int
 
     def __str__(self) -> str:
-        return f"learning rate {rate_in_words(self.learning_rate)}, seed {self.seed}"
+        seed = f"seed {self.seed}"
+        if self.learning_rate == NOT_GIVEN:
+            return seed
+        return f"learning rate {rate_in_words(self.learning_rate)}, {seed}"
 
 
 @dataclass(frozen=True)
