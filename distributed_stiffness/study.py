@@ -49,7 +49,7 @@ def rate_in_words(learning_rate: float) -> str:
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_rate)]
 
 # Raised by one whenever the gradient code can give other numbers for the same study.
-GRADIENT_ENGINE_VERSION = 8
+GRADIENT_ENGINE_VERSION = 9
 
 
 class Frozen(BaseModel):

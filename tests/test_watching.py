@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 import warnings
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def global_numpy_state() -> list[int]:
     return state
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """As if the process had been."""
 
 
@@ -483,7 +484,7 @@ class TestMistakes:
             ({"precision": "float8"}, StudyError, "precision"),
             ({"parameters": ["nope.*"]}, ModelError, "no trainable parameter matches 'nope"),
             ({"examples": 999}, DataError, "asked for 999 examples"),
-            ({"examples": 2}, StudyError, "2 examples are too few"),
+            ({"examples": 1}, StudyError, "1 example has no pairs"),
             ({"class_names": ["a", "b"]}, DataError, "label 2 is outside 0 to 1"),
             ({"sample": "nowhere:data"}, DataError, "'nowhere:data' cannot be imported"),
             ({"sample": (torch.rand(5, 6), torch.rand(5))}, ModelError, "targets are no labels"),
@@ -540,7 +541,7 @@ class TestMistakes:
         It is said, and why it is copied at all.
         """
         model = network()
-        model.kept = model[0].weight * 2
+        model.lock = threading.Lock()
 
         with warnings.catch_warnings(), pytest.raises(StiffnessError, match="cannot be copied"):
             watched(model).__enter__()

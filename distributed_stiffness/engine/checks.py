@@ -14,7 +14,8 @@ import numpy as np
 from distributed_stiffness.engine.whole_matrix import classes_to_check
 from distributed_stiffness.plan import BLOCK_SHARE, Plan
 
-WHOLE_SHARE = 0.03  # of a study's work, for the check of a whole matrix
+# Of a study's work, for the check of a whole matrix; and multiply-adds that take a second or two.
+WHOLE_SHARE, _ALWAYS = 0.03, 1e11
 
 
 def sample_memory(plan: Plan, n_parameters: int) -> int:
@@ -76,7 +77,7 @@ def _affordable(plan: Plan) -> int:
     making = plan.n_examples * plan.gradients_per_example * plan.making_work
     total = plan.n_checkpoints * (making + plan.n_examples**2 / 2 * plan.pair_work)
     # A pass in float64, with the parameters' gradients, against the same in float32.
-    return int(WHOLE_SHARE * total / max(1, 2 * plan.making_work))
+    return int(max(WHOLE_SHARE * total, _ALWAYS) / max(1, 2 * plan.making_work))
 
 
 def n_undecided(tile: np.ndarray, bound: float, *, diagonal: bool) -> int:

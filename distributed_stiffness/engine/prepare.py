@@ -258,7 +258,7 @@ def _checked(study: Study, data: StudyData, progress: Progress) -> PerExampleGra
         )
         check_gradients(gradients, *_examples(data, evidence.places))
     if evidence.is_zero:
-        progress.say(f"note: {ALL_ZERO.format(n=data.n_examples)}")
+        progress.say(f"note: {ALL_ZERO}")
     progress.say(
         f"self-check: {gradients.n_parameters:,} parameters, {len(evidence.places)} examples agree"
         f" with one-example float64 autograd{_unused(gradients)}"

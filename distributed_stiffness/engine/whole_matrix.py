@@ -38,7 +38,12 @@ def allowed_difference(bound: float) -> float:
 
 
 def classes_to_check(
-    labels: np.ndarray, *, n_parameters: int, n_checkpoints: int, memory: int, affordable: int
+    labels: np.ndarray,
+    *,
+    n_parameters: int,
+    n_checkpoints: int,
+    memory: int,
+    affordable: int,
 ) -> np.ndarray:
     """Return the classes that are checked, ascending; one at least.
 

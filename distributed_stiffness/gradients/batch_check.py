@@ -25,7 +25,7 @@ from distributed_stiffness.gradients.batches import Nest, count_examples, take
 from distributed_stiffness.gradients.gram import Factors, Rows
 from distributed_stiffness.gradients.kinks import Kinks
 from distributed_stiffness.gradients.recipe import Layer, Recipe, laid_out
-from distributed_stiffness.gradients.reference import Reference
+from distributed_stiffness.gradients.reference import Reference, real_numbers
 
 if TYPE_CHECKING:
     from distributed_stiffness.gradients.per_example import PerExampleGradients
@@ -166,19 +166,32 @@ def require_independence(exact: PerExampleGradients, few: tuple[Nest, Nest]) -> 
     Raises:
         GradientError: they differ: the examples depend on each other.
     """
-    plain, n = exact.plain, count_examples(few[0])
+    require_same_sum(exact, few, *exact.plain.gradients(*few))
+
+
+def require_same_sum(
+    exact: PerExampleGradients, few: tuple[Nest, Nest], unit_NP: Tensor, norms_N: Tensor
+) -> None:
+    """The same, of examples whose gradients alone are known.
+
+    Args:
+        exact: gradients in float64.
+        few: inputs and targets.
+        unit_NP: of each alone, of unit norm.
+        norms_N: at true scale.
+
+    Raises:
+        GradientError: see there.
+    """
+    n = len(norms_N)
     if n < 2:
         return
     factors = torch.ones(n, dtype=torch.float64, device="cpu")
     factors[1::2] = -1.0
-    norms = torch.cat([exact.norms_of(*take(few, slice(i, i + 1))).cpu() for i in range(n)])
-    together = plain.unit_sums(*few, norms, factors)
-    apart = [
-        plain.unit_sums(take(few[0], one), take(few[1], one), norms[one], factors[one])
-        for one in (slice(i, i + 1) for i in range(n))
-    ]
+    together = exact.plain.unit_sums(few[0], few[1], norms_N.cpu(), factors)
+    apart = exact.plain.by_name(factors.to(unit_NP.device) @ unit_NP)
     for name, total in together.items():
-        size = float(torch.linalg.vector_norm(total - sum(part[name] for part in apart)))
+        size = float(torch.linalg.vector_norm(real_numbers(total) - apart[name]))
         if not size <= INDEPENDENT * n:
             raise GradientError(said_dependence(name, size))
 

@@ -116,7 +116,7 @@ class Network:
         inputs = map_tensors(lambda t: t.detach().clone().to(cast_dtype(t, self.dtype)), few)
         args, kwargs = arguments(inputs)
         try:
-            with torch.set_grad_enabled(gradients), self.running() as module:
+            with torch.enable_grad(), self.running() as module:
                 found = [t for t in tensors(module(*args, **kwargs)) if t.is_floating_point()]
                 outputs: list[Tensor | None] = [t.detach().clone() for t in found]
                 if gradients:
@@ -166,12 +166,14 @@ def saying_backward() -> Iterator[None]:
         ) from error
 
 
-def private_copy(model: nn.Module, *, shared: bool = True) -> nn.Module:
+def private_copy(model: nn.Module, *, of_training: bool = False) -> nn.Module:
     """Return a copy of a network without what wraps it or its parts.
 
     Args:
         model: it is not changed.
-        shared: whether the parameters have the memory of the model's.
+        of_training: whether it stays what it is while the model is trained on: it has memory of
+            its own, and hooks on gradients, which are the training's, hear nothing of it. Else the
+            parameters have the memory of the model's.
 
     Raises:
         ModelError: the network cannot be copied.
@@ -183,9 +185,9 @@ def private_copy(model: nn.Module, *, shared: bool = True) -> nn.Module:
             if p is None or id(p) in memo or _is_wrapped(p) or is_lazy(p):
                 continue
             values = p.detach().as_subclass(Tensor)
-            alone = not shared or p.is_inference()
+            alone = of_training or p.is_inference()
             memo[id(p)] = nn.Parameter(values.clone() if alone else values, p.requires_grad)
-            for hook in (p._backward_hooks or {}).values():
+            for hook in () if of_training else (p._backward_hooks or {}).values():
                 memo[id(p)].register_hook(hook)
     try:
         with torch.inference_mode(False), _WithoutHistory():
@@ -200,6 +202,8 @@ def private_copy(model: nn.Module, *, shared: bool = True) -> nn.Module:
         for name, child in part._modules.items():
             if child is not None:
                 part._modules[name] = _unwrapped(child)
+        for kind in _BACKWARD_HOOKS if of_training else ():
+            getattr(part, kind).clear()
     return copied
 
 
@@ -277,6 +281,7 @@ class _Attribute:
     name: str
     value: Any
     restore: Callable[[], Any]
+    is_saved: bool  # in the state dict: a part of the network
     left_out: _Way = None
 
     def put_back(self) -> None:
@@ -298,6 +303,8 @@ class _Attribute:
     @property
     def may_be_cache(self) -> bool:
         """Whether it holds numbers that a call may have put there."""
+        if self.is_saved:
+            return False
         if isinstance(self.value, Tensor):
             return not isinstance(self.value, nn.Parameter) and _is_number(self.value)
         return isinstance(self.value, dict | list) and any(
@@ -354,17 +361,21 @@ def _state(root: nn.Module) -> Iterator[_Attribute | _New]:
         if isinstance(module, torch.jit.ScriptModule):
             continue  # it holds its tensors out of Python's sight
         yield from _held(vars(module), seen, without=_OF_MODULES)
-        yield from _held(module._buffers, seen)
+        saved = module._buffers.keys() - module._non_persistent_buffers_set
+        yield from _held(module._buffers, seen, saved=saved)
 
 
 def _held(
-    holder: MutableMapping[str, Any], seen: set[int], without: Collection[str] = ()
+    holder: MutableMapping[str, Any],
+    seen: set[int],
+    without: Collection[str] = (),
+    saved: Collection[str] = (),
 ) -> Iterator[_Attribute | _New]:
     yield _New(holder, frozenset(holder))
     for name, value in list(holder.items()):
         if name in without:
             continue
-        yield _Attribute(holder, name, value, _snapshot(value))
+        yield _Attribute(holder, name, value, _snapshot(value), name in saved)
         is_plain = type(value).__module__.partition(".")[0] not in _LIBRARIES
         if (
             is_plain
@@ -476,7 +487,11 @@ def _alike(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) ->
             if a is not b:
                 return False
         elif a.shape != b.shape or not torch.allclose(
-            a, b, rtol=_SAME, atol=_SAME * float(b.abs().max()) if b.numel() else 0, equal_nan=True
+            a, b, rtol=_SAME, atol=_SAME * _largest(b), equal_nan=True
         ):
             return False
     return True
+
+
+def _largest(t: Tensor) -> float:
+    return float(t.abs().nan_to_num(0.0, 0.0).max()) if t.numel() else 0.0

@@ -327,11 +327,14 @@ class PerExampleGradients:
 
     # The whole gradients of a few examples
 
-    def materialised(self, inputs: Nest, targets: Nest, *, unit: bool = False) -> dict[str, Tensor]:
+    def materialised(
+        self, inputs: Nest, targets: Nest, *, unit: bool = False, over: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Return every parameter's gradient for each example, (N, *shape).
 
-        At true scale, or with each example's whole gradient at unit norm (0 stays 0), which is
-        there also where the squares of the true one are below 1e-308.
+        At true scale; divided by numbers `over` (N,), if these are not 0; or with each example's
+        whole gradient at unit norm (0 stays 0). The latter are there also where the squares of the
+        true one are below 1e-308.
         """
         with full_float32():
             done = self._passes.run(*self._on_device(inputs, targets))
@@ -339,6 +342,8 @@ class PerExampleGradients:
             with fast_float32():
                 gradients = {name: parts.whole(name) for name in self.parameters}
         factor = done.head.scale
+        if over is not None:
+            factor = torch.where(over > 0, factor / over, 1.0)
         if unit:
             length = norm_of(gradients)
             factor = torch.where(length > 0, 1 / length, 0.0)

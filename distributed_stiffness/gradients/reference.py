@@ -29,6 +29,9 @@ from distributed_stiffness.gradients.network import Network, saying, saying_back
 from distributed_stiffness.gradients.surroundings import NoLessThan
 from distributed_stiffness.tiling import pieces
 
+# Norms between these are those of float64 numbers whose squares are in range.
+_SQUARES = 1e-140, 1e140
+
 
 def _log_odds(outputs: Any, targets: Tensor) -> Tensor:
     """log((1 − p_y)/p_y) of each example, (N,)."""
@@ -124,7 +127,7 @@ class Reference:
     @property
     def n_parameters(self) -> int:
         """P, in real numbers."""
-        return sum(_flat(p).numel() for p in self.parameters.values())
+        return sum(real_numbers(p).numel() for p in self.parameters.values())
 
     def unit_gradients(self, inputs: Nest, targets: Nest) -> Tensor:
         """Return the flattened unit gradients of all examples, (N, P) float64; 0 stays 0."""
@@ -140,13 +143,18 @@ class Reference:
             one, target = take((inputs, targets), slice(i, i + 1))
             slopes: list[Tensor] = []
             grads = self._differentiate(self.same_direction, one, target, seen=slopes.append)
-            torch.cat([_flat(g) for g in grads.values()], out=row)
-            for order in (torch.inf, 2):  # the squares of a gradient underflow long before it does
-                size = torch.linalg.vector_norm(row, order)
-                row /= torch.where(size > 0, size, 1.0)
-                norms[i] *= size
+            torch.cat([real_numbers(g) for g in grads.values()], out=row)
+            size = torch.linalg.vector_norm(row)
+            if not _SQUARES[0] < size < _SQUARES[1]:
+                # Squares underflow long before a gradient does, and overflow.
+                peak = torch.linalg.vector_norm(row, torch.inf)
+                row /= torch.where(peak > 0, peak, 1.0)
+                norms[i] *= peak
+                size = torch.linalg.vector_norm(row)
+            row /= torch.where(size > 0, size, 1.0)
+            norms[i] *= size
             if self.same_direction is _log_odds:
-                norms[i] *= slopes[0].sigmoid().item()
+                norms[i] *= max(slopes[0].sigmoid().item(), sys.float_info.min)
         return rows, norms
 
     def unit_sum(self, inputs: Nest, targets: Nest, norms: Tensor) -> Tensor:
@@ -158,7 +166,7 @@ class Reference:
             norms: |g_i| at true scale, (N,) float64; an example with 0 adds nothing.
         """
         grads = self.unit_sums(inputs, targets, norms, (norms > 0).double())
-        return torch.cat([_flat(g) for g in grads.values()])
+        return torch.cat([real_numbers(g) for g in grads.values()])
 
     def unit_sums(
         self, inputs: Nest, targets: Nest, norms: Tensor, factors: Tensor
@@ -234,11 +242,17 @@ class Reference:
             made[2], norms[1] = made[1], norms[0]
         return Products(*made, *norms)
 
+    def by_name(self, row: Tensor) -> dict[str, Tensor]:
+        """Take a flattened gradient apart, in the shapes of the parameters; complex ones as two."""
+        sizes = [real_numbers(p).numel() for p in self.parameters.values()]
+        parts = torch.split(row, sizes)
+        return dict(zip(self.parameters, parts, strict=True))
+
     def _places(self, groups: Sequence[Collection[str]] | None) -> list[Tensor | slice]:
         """Return where the parameters of each group lie in a row."""
         if groups is None:
             return [slice(None)]
-        sizes = [_flat(p).numel() for p in self.parameters.values()]
+        sizes = [real_numbers(p).numel() for p in self.parameters.values()]
         parts = torch.split(torch.arange(sum(sizes), device="cpu"), sizes)
         places = dict(zip(self.parameters, parts, strict=True))
         return [torch.cat([places[name] for name in group]) for group in groups]
@@ -260,6 +274,6 @@ class Products:
         return torch.where(sizes > 0, self.dots / torch.where(sizes > 0, sizes, 1.0), 0.0)
 
 
-def _flat(t: Tensor) -> Tensor:
+def real_numbers(t: Tensor) -> Tensor:
     """Return the real numbers of a tensor, of complex ones two each."""
     return (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).flatten()

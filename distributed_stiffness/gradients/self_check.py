@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distributed_stiffness.errors import GradientError, StiffnessError
-from distributed_stiffness.gradients.batch_check import require_independence, said_wrong
+from distributed_stiffness.errors import GradientError
+from distributed_stiffness.gradients.batch_check import require_same_sum, said_wrong
 from distributed_stiffness.gradients.batches import (
     Nest,
     count_examples,
@@ -24,6 +24,7 @@ from distributed_stiffness.gradients.gram import cosine
 from distributed_stiffness.gradients.loss_head import Loss
 from distributed_stiffness.gradients.per_example import PerExampleGradients
 from distributed_stiffness.gradients.precision import precision_mode
+from distributed_stiffness.gradients.reference import real_numbers
 
 # Both sides run in float64, where two right ways differ by about 1e-13 of an example's gradient;
 # a wrong rule differs by about 1.
@@ -32,6 +33,7 @@ TOLERANCE = 1e-8
 TOLERANCE_OF_ROUNDING = 1e-4
 # Unit rows are float32 and their products sum up to millions of terms (precision.py).
 COSINE_TOLERANCE = 1e-5
+_TINY = 1e-290
 
 
 def self_check(
@@ -73,25 +75,23 @@ def check_gradients(gradients: PerExampleGradients, inputs: Nest, targets: Nest)
     Raises:
         GradientError: as `self_check`.
     """
-    exact, n = gradients.in_float64, count_examples(inputs)
+    exact = gradients.in_float64
     inputs = prepare(inputs, torch.float64, gradients.device)
     dtypes = _FloatingDtypes()
     try:
         with dtypes:
-            found = [exact.plain.gradient(inputs, targets, i) for i in range(n)]
+            unit, norm = exact.plain.gradients(inputs, targets)
     except Exception as error:  # the network's own code: any type of error
-        if isinstance(error, StiffnessError):
+        if isinstance(error, GradientError):
             raise
         raise GradientError(
             f"self-check: the network does not take one example alone in float64 ({error}), so that"
             " per-example gradients are not defined, or cannot be checked"
         ) from error
-    expected = {name: torch.stack([g[name] for g in found]) for name in found[0]}
     tolerance = TOLERANCE if dtypes.found <= {torch.float64} else TOLERANCE_OF_ROUNDING
-    norm = _norms(expected)
-    require_independence(exact, (inputs, targets))
+    require_same_sum(exact, (inputs, targets), unit, norm)
     while True:
-        differences = _differences(exact, inputs, targets, expected, norm)
+        differences = _differences(exact, inputs, targets, unit, norm)
         wrong = {name: size for name, size in differences.items() if not size <= tolerance}
         if not wrong:
             break
@@ -100,9 +100,10 @@ def check_gradients(gradients: PerExampleGradients, inputs: Nest, targets: Nest)
     unrounded = copy.copy(exact)  # rows too, which bf16 rounds
     unrounded.precision = precision_mode("float64", exact.device)
     rows = unrounded.rows(inputs, targets)
-    unit = exact.plain.unit_gradients(inputs, targets)
+    # Below, true norms lose digits.
+    off = torch.where(norm > _TINY, (rows.norm / norm - 1).abs(), 0.0)
     for what, worst, allowed in (
-        ("a norm", _relative(rows.norm - norm, norm).max(), tolerance),
+        ("a norm", off.max(), tolerance),
         (
             "a cosine",
             (cosine(rows, rows) - unit @ unit.T).abs().max(),
@@ -133,47 +134,24 @@ class _FloatingDtypes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _differences(
-    exact: PerExampleGradients,
-    inputs: Nest,
-    targets: Nest,
-    expected: Mapping[str, Tensor],
-    norm: Tensor,
+    exact: PerExampleGradients, inputs: Nest, targets: Nest, unit_NP: Tensor, norm_N: Tensor
 ) -> dict[str, float]:
-    """Return how far each parameter's gradients are off, at most: the same examples in their order,
-    and backwards in two halves.
+    """Return how far each parameter's gradients are off, at most, in units of a whole gradient.
+
+    Made of the same examples in their order, and backwards in two halves.
     """
     n = count_examples(inputs)
     backwards = torch.arange(n - 1, -1, -1, device="cpu").chunk(2)
     worst: dict[str, float] = {}
     for some in (torch.arange(n, device="cpu"), *(backwards if n > 1 else ())):
-        made = exact.materialised(*take((inputs, targets), some))
+        made = exact.materialised(*take((inputs, targets), some), over=norm_N[some])
+        expected = [exact.plain.by_name(unit_NP[i]) for i in some.tolist()]
         for name, gradients in made.items():
-            size = _relative(gradients - expected[name][some], norm[some]).max()
-            worst[name] = _larger(float(size), worst.get(name, 0.0))
+            for row, true in zip(gradients, expected, strict=True):
+                size = float(torch.linalg.vector_norm(real_numbers(row) - true[name]))
+                worst[name] = _larger(size, worst.get(name, 0.0))
     return worst
 
 
 def _larger(a: float, b: float) -> float:
     return a if not a <= b else b  # NaN is larger than any
-
-
-def _norms(gradients: Mapping[str, Tensor]) -> Tensor:
-    """Return the norm of each example's whole gradient; its squares may be below 1e-308."""
-    some = [g for g in gradients.values() if g.numel()]  # a layer may have no inputs
-    peaks = [g.abs().reshape(len(g), -1).amax(1) for g in some]
-    peak = torch.stack(peaks).amax(0)
-    parts = torch.stack([_relative(g, peak) for g in some])
-    norms: Tensor = peak * parts.norm(dim=0)
-    return norms
-
-
-def _relative(values: Tensor, size_N: Tensor) -> Tensor:
-    """Return the norm of each example's values in units of its size; 0 below 1e-290.
-
-    There true gradients lose digits. The cosines, which lose none, are compared all the same. An
-    example whose gradient is 0 is compared as it is.
-    """
-    flat = values.reshape(len(values), -1)
-    scaled = flat / torch.where(size_N > 0, size_N, 1.0).unsqueeze(1)
-    norms = torch.linalg.vector_norm(scaled, dim=1)
-    return torch.where((size_N > 1e-290) | (size_N == 0), norms, 0.0)

@@ -76,7 +76,7 @@ def evaluation_copy(network: nn.Module) -> nn.Module:
     Raises:
         ModelError: the network cannot be copied, or has no parameters.
     """
-    copied = private_copy(network, shared=False)
+    copied = private_copy(network, of_training=True)
     if device_of(copied).type not in ("cpu", "cuda"):
         copied = copied.cpu()
     return copied.eval()

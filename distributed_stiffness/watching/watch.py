@@ -339,7 +339,7 @@ class Watch:
         )
         check_gradients(gradients, *read(evidence.places))
         if evidence.is_zero:
-            self._progress.say(f"note: {ALL_ZERO.format(n=data.n_examples)}")
+            self._progress.say(f"note: {ALL_ZERO}")
         memory = self._run.memory or min(MEMORY, free_memory())
         _, plan = fit(gradients, n_examples=data.n_examples, memory=memory)
         plan = stored_plan(self._run.store_url, plan)

@@ -239,7 +239,8 @@ class TestRefused:
         text = (store / "zarr.json").read_text()
         metadata = json.loads(text)
         attributes = metadata["attributes"]
-        attributes["weights"] = dict.fromkeys(attributes["weights"], "0" * 64)
+        weights = json.loads(attributes["weights"])
+        attributes["weights"] = json.dumps(dict.fromkeys(weights, "0" * 64))
         (store / "zarr.json").write_text(json.dumps(metadata))
 
         with pytest.raises(StoreError, match="belongs to other weights"):

@@ -17,6 +17,7 @@ from studies import run_options, tiny_study
 from distributed_stiffness.engine import StudyFailed, run_study
 from distributed_stiffness.engine.whole_matrix import ClassSums, classes_to_check
 from distributed_stiffness.errors import GradientError
+from distributed_stiffness.gradients.error_bound import SampleBound
 from distributed_stiffness.store import WHOLE_MATRIX_CHECK, Store
 from distributed_stiffness.tiling import Checkpoint, Tiling
 
@@ -92,14 +93,19 @@ class TestSums:
 
     def test_classes_are_as_many_as_may_be_made_again(self) -> None:
         """
-        All of a study of four checkpoints; of one, a quarter of the examples; as memory allows.
+        All of a study of four checkpoints; of one, a quarter of the examples; as memory and time
+        allow.
         """
         labels = np.repeat(np.arange(10), 1000)
 
-        def number(n_checkpoints: int, memory: int = 10**9) -> int:
+        def number(n_checkpoints: int, memory: int = 10**9, affordable: int = 10**6) -> int:
             return len(
                 classes_to_check(
-                    labels, n_parameters=1000, n_checkpoints=n_checkpoints, memory=memory
+                    labels,
+                    n_parameters=1000,
+                    n_checkpoints=n_checkpoints,
+                    memory=memory,
+                    affordable=affordable,
                 )
             )
 
@@ -107,6 +113,8 @@ class TestSums:
         assert number(1) == 2
         assert number(4, memory=3 * 16_000) == 3
         assert number(4, memory=1) == 1
+        assert number(4, affordable=5000) == 5
+        assert number(4, affordable=1) == 1
 
 
 class TestInAStudy:
@@ -116,7 +124,7 @@ class TestInAStudy:
         means, of float32 size, are in the attributes that any reader of the store sees.
         """
         with xr.open_zarr(str(finished / "tiny.zarr")) as dataset:
-            found = dataset.attrs[WHOLE_MATRIX_CHECK]
+            found = json.loads(dataset.attrs[WHOLE_MATRIX_CHECK])
 
         assert (found["learning_rate"], found["seed"], found["iteration"]) == (1e-2, 0, 30)
         assert (found["classes"], found["examples"]) == (10, 60)
@@ -142,7 +150,8 @@ class TestInAStudy:
         # The sample of 60 examples holds every pair here: without its bound nothing is left but
         # the whole matrix. So the bound is what it was.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("distributed_stiffness.engine.replica.error_bound", lambda *_, **__: 1e-6)
+            sound = SampleBound(1e-6, 0, 0, 0.0, 0.0)
+            patch.setattr("distributed_stiffness.engine.replica.bound_of", lambda *_, **__: sound)
             with pytest.raises(StudyFailed, match=r"whole-matrix check failed.*classes.*--repair"):
                 run_study(tiny_study(), run_options(copy))
 
