@@ -108,7 +108,7 @@ def _is_of(panel: _Panel, measures: xr.Dataset) -> bool:
 def _draw(ax: Axes, measures: xr.Dataset, panel: _Panel) -> None:
     if panel.neutral is not None:
         ax.axhline(panel.neutral, color="0.35", linewidth=0.8)
-    if panel.logarithmic:
+    if panel.logarithmic and bool((measures[panel.variable] > 0).any()):
         ax.set_yscale("log")
     for kernel, line in _LINES.items():
         if kernel in measures["kernel"] and panel.kernel in (None, kernel):
@@ -116,12 +116,12 @@ def _draw(ax: Axes, measures: xr.Dataset, panel: _Panel) -> None:
             if panel.quantile is not None:
                 of_kernel = of_kernel.sel(quantile=panel.quantile)
             values = of_kernel[panel.variable]
-            if panel.logarithmic:
+            if panel.logarithmic and bool((measures[panel.variable] > 0).any()):
                 values = values.where(values > 0)
             if (error := of_kernel.get(f"{panel.variable}_error")) is not None:
                 _bands(ax, values, error, positive=panel.logarithmic)
             _lines(ax, values, line)
-    if panel.logarithmic:
+    if panel.logarithmic and bool((measures[panel.variable] > 0).any()):
         _plain_ticks(ax)
     ax.set_title(panel.title)
     ax.set_ylabel(panel.label)

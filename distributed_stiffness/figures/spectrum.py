@@ -68,8 +68,9 @@ def _panel(ax: Axes, of_kernel: xr.Dataset, names: Names) -> None:
         label = "\n".join(part for part in (names.step_title(step), _rank(at)) if part)
         ax.plot(ranks, share, marker="o", ms=3, color=colours[k], label=label)
     ax.set_xscale("log")
-    ax.set_yscale("log")
-    powers_of_ten(ax.yaxis)
+    if bool((of_kernel["share"] > _LEAST).any()):  # not so where every gradient is 0
+        ax.set_yscale("log")
+        powers_of_ten(ax.yaxis)
     shown = [rank for rank in (1, 2, 5, 10, 20, 50, 100, 200) if rank <= ranks[-1]]
     ax.set_xticks(shown)
     ax.xaxis.set_major_formatter(ScalarFormatter())

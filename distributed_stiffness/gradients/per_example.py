@@ -368,7 +368,8 @@ class PerExampleGradients:
             found = []
             for place in places.tolist():
                 one = {n: parts.part(n, slice(place, place + 1)) for n in self.parameters}
-                length = norm_of(one).clamp(min=1e-300)
+                length = norm_of(one)
+                length = torch.where(length > 0, length, 1.0)
                 found.append({n: (g / length.to(g.real.dtype))[0] for n, g in one.items()})
         return found
 
