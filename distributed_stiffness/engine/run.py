@@ -22,8 +22,8 @@ def run_study(
     """Compute everything that the store lacks; return the store's path or URL.
 
     Run it again after any interruption: it computes what is missing, and nothing else. `bring` puts
-    checkpoints that were trained elsewhere in place, once everything else is known to fit. `run` may
-    be the store's path or URL alone.
+    checkpoints that were trained elsewhere in place, once everything else is known to fit. `run`
+    may be the store's path or URL alone.
 
     Raises:
         StiffnessError: whatever a user can mend, before costly work where that is possible.
