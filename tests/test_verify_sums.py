@@ -463,7 +463,7 @@ class TestWholeMatrixCheck:
         Missing, of another checkpoint, or wider than the bound allows: a repair checks again.
         """
         metadata = json.loads((store / "zarr.json").read_text())
-        right = metadata["attributes"].pop("whole_matrix_check")
+        right = json.loads(metadata["attributes"].pop("whole_matrix_check"))
         if said is not None:
             whole = right if (len(said) == 1 and "classes" not in said) or "11" in sentence else {}
             metadata["attributes"]["whole_matrix_check"] = whole | said
