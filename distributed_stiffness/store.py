@@ -73,6 +73,7 @@ SCHEMA_VERSION = 1
 EXPONENTS = np.arange(-24, 1)
 _ITERATIONS = 1024
 WHOLE_MATRIX_CHECK = "whole_matrix_check"  # attribute of the group
+_NEEDED = ("fingerprint", "plan", "weights")  # attributes of the group, mappings
 ADDED = "distances"  # attribute of the group: names of the distances that were added
 _T = TypeVar("_T")
 _RUN = ("learning_rate", "seed", "iteration")
@@ -270,8 +271,18 @@ class Store:
 
     @property
     def attrs(self) -> Mapping[str, Any]:
-        """The group's attributes; mappings as such, however they are kept."""
-        return decoded(_read_metadata(self.url)["attributes"])
+        """The group's attributes; mappings as such, however they are kept.
+
+        Raises:
+            StoreError: one that nothing goes on without is damaged.
+        """
+        found = decoded(_read_metadata(self.url)["attributes"])
+        if damaged := [name for name in _NEEDED if isinstance(found.get(name), str)]:
+            raise StoreError(
+                f"the attribute `{damaged[0]}` of {self.url} is damaged: expected JSON text of a"
+                " mapping; copy the store's zarr.json from where it is whole"
+            )
+        return found
 
     def study(self) -> Study:
         """Return the study that the store is of.

@@ -22,6 +22,7 @@ from torch import nn
 from distributed_stiffness import analysis
 from distributed_stiffness.attributes import decoded, encoded
 from distributed_stiffness.engine import run_study
+from distributed_stiffness.errors import StoreError
 from distributed_stiffness.gradients import cosine_matrix, gram_matrix, layer_cosines
 from distributed_stiffness.report import findings, write_report
 from distributed_stiffness.store import Store
@@ -307,6 +308,16 @@ class TestStoresOfBefore:
         run_study(study, run_options(before))
 
         assert_same_bits(store, before)
+
+    def test_a_damaged_attribute_is_said(self, before: Path):
+        """JSON text that is cut short ends in a sentence."""
+        metadata = json.loads((before / "zarr.json").read_text())
+        metadata["attributes"]["plan"] = '{"tile": 2'
+        (before / "zarr.json").write_text(json.dumps(metadata))
+
+        with pytest.raises(StoreError, match="attribute `plan` of .* is damaged"):
+            verify_store(run_options(before))
+        assert xr.open_zarr(str(before)).stiffness.within_between().sign.notnull().all()
 
     def test_attributes_come_back_as_they_were(self):
         """Whatever their form in the file is."""
