@@ -24,6 +24,7 @@ from distributed_stiffness.engine.replica import Receipt
 from distributed_stiffness.engine.scheduler import Assignment, Scheduler
 from distributed_stiffness.engine.whole_matrix import ClassMeans, is_checked_whole
 from distributed_stiffness.errors import GradientError, StiffnessError, StoreError
+from distributed_stiffness.gradients.passes import modules_of
 from distributed_stiffness.plan import Plan, in_words
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.store import WHOLE_MATRIX_CHECK, Store, now, training_run, weights_key
@@ -98,6 +99,7 @@ class Job:
     rows: range | None = None  # row chunks that are wanted; None: all
     scheduler: Scheduler = field(default_factory=Scheduler)
     failures: list[str] = field(default_factory=list)
+    noted: set[str] = field(default_factory=set)  # modules of which was said that they are slow
 
     def __post_init__(self) -> None:
         self._look()
@@ -202,6 +204,10 @@ class Job:
         if receipt.memory < self.plan.memory:
             self.shrink(f"{replica} ran out of memory", to=receipt.memory)
         task = receipt.task
+        for note in receipt.notes:
+            if modules_of(note) not in self.noted:
+                self.progress.say(f"note: {note}")
+            self.noted.add(modules_of(note))
         if not self.scheduler.task_done(replica, task, receipt.seconds):
             return
         if receipt.class_means is not None and task.checkpoint is not None:

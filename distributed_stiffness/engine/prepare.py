@@ -24,6 +24,7 @@ from distributed_stiffness.gradients.batches import Nest, from_numpy
 from distributed_stiffness.gradients.budget import fit
 from distributed_stiffness.gradients.evidence import ALL_ZERO, EXAMPLES
 from distributed_stiffness.gradients.from_evidence import gradients_of_evidence
+from distributed_stiffness.gradients.passes import modules_of, slow_gradients
 from distributed_stiffness.gradients.per_example import PerExampleGradients
 from distributed_stiffness.gradients.precision import precision_mode
 from distributed_stiffness.gradients.self_check import check_gradients
@@ -115,6 +116,7 @@ class Prepared:
     gradients: PerExampleGradients
     run: Run
     progress: Progress
+    noted: frozenset[str] = frozenset()  # modules of which was said that their gradients are slow
 
     def job(self, lease: Lease, *, memory: int, device: str) -> Job:
         """Plan for replicas of `memory` bytes, and lay the store out or take it up again.
@@ -137,6 +139,7 @@ class Prepared:
             lease,
             device=device,
             rows=rows,
+            noted=set(self.noted),
         )
 
     @property
@@ -221,7 +224,9 @@ def prepare(study: Study, run: Run, progress: Progress) -> Prepared:
     study = study.resolved(data.n_train)
     refuse_another_study(run.store_url, study, data, tile=study.gradients.tile)
     progress.say(_described(study, data))
-    return Prepared(study, data, _checked(study, data, progress), run, progress)
+    gradients, notes = _checked(study, data, progress)
+    noted = frozenset(map(modules_of, notes))
+    return Prepared(study, data, gradients, run, progress, noted)
 
 
 def _described(study: Study, data: StudyData) -> str:
@@ -235,7 +240,9 @@ def _described(study: Study, data: StudyData) -> str:
     )
 
 
-def _checked(study: Study, data: StudyData, progress: Progress) -> PerExampleGradients:
+def _checked(
+    study: Study, data: StudyData, progress: Progress
+) -> tuple[PerExampleGradients, list[str]]:
     """Try the network on a few examples, then its gradients against the definition."""
     if data.n_examples < 2:
         raise StudyError(f"{data.n_examples} example has no pairs: give 2 or more")
@@ -246,7 +253,7 @@ def _checked(study: Study, data: StudyData, progress: Progress) -> PerExampleGra
     exactly = not study.training.imported
     check_outputs(model, inputs, data.labelled.n_classes, name, loss=loss, exactly=exactly)
     precision = study.gradients.precision
-    with undisturbed():
+    with undisturbed(), slow_gradients() as notes:
         gradients, evidence = gradients_of_evidence(
             model.eval(),
             loss,
@@ -257,13 +264,13 @@ def _checked(study: Study, data: StudyData, progress: Progress) -> PerExampleGra
             precision="float32" if precision_mode(precision).cuda_only else precision,
         )
         check_gradients(gradients, *_examples(data, evidence.places))
-    if evidence.is_zero:
-        progress.say(f"note: {ALL_ZERO}")
+    for note in (*dict.fromkeys(notes), *([ALL_ZERO] if evidence.is_zero else [])):
+        progress.say(f"note: {note}")
     progress.say(
         f"self-check: {gradients.n_parameters:,} parameters, {len(evidence.places)} examples agree"
         f" with one-example float64 autograd{_unused(gradients)}"
     )
-    return gradients
+    return gradients, notes
 
 
 def _examples(data: StudyData, chosen: slice | np.ndarray) -> tuple[Nest, torch.Tensor]:

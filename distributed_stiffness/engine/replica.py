@@ -38,6 +38,7 @@ from distributed_stiffness.gradients.batches import Nest, from_numpy, map_tensor
 from distributed_stiffness.gradients.error_bound import bound_of, refuse_bound, sample_examples
 from distributed_stiffness.gradients.from_evidence import gradients_of_evidence
 from distributed_stiffness.gradients.gram import Rows, collect, cosine, folded_product
+from distributed_stiffness.gradients.passes import slow_gradients
 from distributed_stiffness.gradients.per_example import PerExampleGradients, RecipeChanged
 from distributed_stiffness.gradients.surroundings import is_out_of_memory
 from distributed_stiffness.plan import ROWS_SHARE, Plan
@@ -69,6 +70,7 @@ class Receipt:
     memory: int  # bytes of the budget: less than the plan's after running out of memory
     retries: int  # of requests to the store
     class_means: ClassMeans | None = None  # of the checkpoint that is checked as a whole
+    notes: tuple[str, ...] = ()  # what was found on the way
 
     def operations(self, plan: Plan) -> float:
         """Return the floating-point operations of gradients, two for a multiply-add."""
@@ -133,7 +135,8 @@ class Replica:
             self._load(task.checkpoint)  # while another thread computes
         with self._computing:
             began = time.monotonic()
-            work = self._computed(task)
+            with slow_gradients() as notes:
+                work = self._computed(task)
             computing = time.monotonic() - began
         began = time.monotonic()
         self._write(task, work)
@@ -150,6 +153,7 @@ class Replica:
             memory=self.plan.memory,
             retries=self.store.retries - retries,
             class_means=work.class_means,
+            notes=tuple(notes),
         )
 
     def measure(self) -> Speed | None:
@@ -160,7 +164,8 @@ class Replica:
         try:
             model = build_model(self.study, self.data, self.study.training.seeds[0])
             few = slice(0, min(self.plan.batch, self.plan.n_examples))
-            gradients = self._per_example(model.to(self.device))
+            with slow_gradients():  # which was said before any replica
+                gradients = self._per_example(model.to(self.device))
             speed = measure(gradients, self._examples(few), self.plan, self._folding)
             labels = np.array(self.data.examples.labels)
             checks = measure_checks(gradients, self._examples(few), self.plan, labels, speed)

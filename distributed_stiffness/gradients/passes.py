@@ -6,6 +6,7 @@ Axis letters: N examples.
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -41,6 +42,30 @@ from distributed_stiffness.gradients.parts import Parts
 from distributed_stiffness.gradients.reading import Pass, Reader
 from distributed_stiffness.gradients.recipe import Recipe, make_recipe
 from distributed_stiffness.gradients.surroundings import is_out_of_memory
+
+
+class SlowGradients(UserWarning):
+    """Gradients of some parameters are not made by rules."""
+
+
+@contextlib.contextmanager
+def slow_gradients() -> Iterator[list[str]]:
+    """Collect warnings that gradients are slow, in place of showing them; others are shown."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SlowGradients)
+        yield said
+    for one in caught:
+        if issubclass(one.category, SlowGradients):
+            said.append(str(one.message))
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+
+
+def modules_of(note: str) -> str:
+    """Return which modules' gradients are slow; the rest differs from batch to batch."""
+    found = re.search(r"\(in ([^)]*)\)", note)
+    return found[1] if found else note
 
 
 class Passes:
@@ -346,6 +371,7 @@ def _warn_of_single_examples(names: Sequence[str], refused: object, reasons: Seq
         f"no structured rule{why} and no torch.func for {', '.join(map(repr, names))} (in"
         f" {_modules(names)}): their gradients are computed one example at a time, which takes as"
         f" long as training on single examples. torch.func said: {refused}",
+        SlowGradients,
         stacklevel=2,
     )
 
@@ -355,6 +381,7 @@ def _warn_of_another_way(names: Sequence[str], hard: Mapping[str, str]) -> None:
         f"the gradient of {', '.join(map(repr, names))} (in {_modules(names)}) is made by"
         " torch.func, which is slower than a rule, though not as slow as one example at a time:"
         f" {hard[names[0]]}",
+        SlowGradients,
         stacklevel=2,
     )
 

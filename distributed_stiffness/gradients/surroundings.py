@@ -103,10 +103,10 @@ class NoLessThan(TorchFunctionMode):
     ) -> Any:
         """Make the call with longer numbers."""
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        if self._held:
-            self._require_own((*args, *kwargs.values()))
         if name == "__get__":  # of an attribute, such as `x.shape`
             return func(*args, **kwargs)
+        if self._held:
+            self._require_own((*args, *kwargs.values()))
         func = self._instead_of.get(func, func)
         if name in _CASTS and _CASTS[name] in self._instead and len(args) == 1:
             return args[0].to(self.dtype)

@@ -11,7 +11,16 @@ from torch import nn
 
 from distributed_stiffness.errors import ModelError
 from distributed_stiffness.factories import import_factory
-from distributed_stiffness.gradients.batches import Nest, call, count_examples
+from distributed_stiffness.gradients.batches import (
+    Nest,
+    call,
+    count_examples,
+    map_tensors,
+    prepare,
+)
+from distributed_stiffness.gradients.network import Network
+from distributed_stiffness.gradients.per_example import device_of
+from distributed_stiffness.gradients.surroundings import undisturbed
 from distributed_stiffness.models import foreign
 from distributed_stiffness.models.cnn import cnn
 from distributed_stiffness.models.fully_connected import fully_connected
@@ -100,22 +109,22 @@ def check_outputs(
     Raises:
         ModelError: it does not take the inputs, or has the wrong number of outputs.
     """
-    was_training = model.training
-    model.eval()
-    n = count_examples(inputs)
+    network, n = Network(model, torch.float32), count_examples(inputs)
+    given = prepare(inputs, torch.float32, device_of(model))
     try:
-        with torch.no_grad():
-            outputs = call(model, inputs)
+        with undisturbed(), torch.no_grad(), network.running() as module:
+            outputs = call(module.eval(), map_tensors(torch.clone, given))
     except Exception as error:  # the user's own code: any type of error
         raise ModelError(
             f"model {name!r} does not take inputs of {_shapes(inputs)}: {type(error).__name__}:"
             f" {error}"
         ) from error
-    finally:
-        model.train(was_training)
     if loss != "cross_entropy":
         return
-    logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
+    logits = outputs
+    if not isinstance(outputs, torch.Tensor):
+        is_mapping = isinstance(outputs, Mapping)
+        logits = outputs.get("logits") if is_mapping else getattr(outputs, "logits", None)
     got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(outputs).__name__
     if got == (n, n_classes) or (
         not exactly and isinstance(got, tuple) and len(got) == 2 and got[1] > n_classes
