@@ -315,7 +315,7 @@ class TestStoresOfBefore:
         metadata["attributes"]["plan"] = '{"tile": 2'
         (before / "zarr.json").write_text(json.dumps(metadata))
 
-        with pytest.raises(StoreError, match="attribute `plan` of .* is damaged"):
+        with pytest.raises(StoreError, match=r"attribute `plan` of .* is damaged"):
             verify_store(run_options(before))
         assert xr.open_zarr(str(before)).stiffness.within_between().sign.notnull().all()
 
