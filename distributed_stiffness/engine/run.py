@@ -7,11 +7,13 @@ from collections.abc import Callable
 from distributed_stiffness.engine.lease import Lease
 from distributed_stiffness.engine.prepare import Prepared, Run, prepare
 from distributed_stiffness.engine.serial import run_serially
+from distributed_stiffness.gradients.surroundings import in_fresh_surroundings
 from distributed_stiffness.paths import Location
 from distributed_stiffness.progress import Progress
 from distributed_stiffness.study import Study
 
 
+@in_fresh_surroundings
 def run_study(
     study: Study,
     run: Run | Location,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from distributed_stiffness.certainty import allowed_error
 from distributed_stiffness.errors import GradientError
 from distributed_stiffness.gradients.batches import Nest, count_examples, take
 from distributed_stiffness.gradients.gram import Factors, Rows
@@ -106,6 +107,9 @@ class BatchCheck:
             return True
         near = torch.empty(0, device="cpu") if kinks is None else kinks.examples()
         n = count_examples(self._inputs)
+        for _, rows in made:
+            if not torch.isfinite(rows.norm).all():
+                raise GradientError(said_infinite(rows.norm))
         drawn = Drawn.of(n, gradients.checked_share, gradients.random, near)
         found = self._difference(drawn, made)
         if found.size <= gradients.tolerance * math.sqrt(len(drawn.signs)):
@@ -128,6 +132,13 @@ class BatchCheck:
         self._require_no_company(exact, few, drawn)
         # Rounding, which the error bound measures: of other batches so much is expected.
         size = self._difference(drawn, made).size / math.sqrt(len(drawn.signs))
+        allowed = allowed_error(gradients.precision.name)
+        if gradients.rounding_is_refused and not size <= allowed:
+            raise GradientError(
+                f"rounding moves gradients by {size:.2g} of their length, above the {allowed:g}"
+                " that is allowed: try precision='float64', or a loss of (outputs, targets) in"
+                " place of a WholeLoss; allow_error=True gives the numbers all the same"
+            )
         gradients.tolerance = max(gradients.tolerance, 2 * size)
         return True
 
@@ -212,6 +223,16 @@ def _by_rules(
     }
 
 
+def said_infinite(norm_N: Tensor) -> str:
+    """Say that gradients are not finite."""
+    bad = (~torch.isfinite(norm_N)).nonzero().flatten().tolist()
+    return (
+        f"the gradients of {len(bad)} of {len(norm_N)} examples are not finite (the first of them"
+        f" is number {bad[0]} of its batch): the network is not differentiable there, as a square"
+        " root at 0 is not, or its numbers are too large"
+    )
+
+
 def said_dependence(name: str, size: float) -> str:
     """Say that examples depend on each other."""
     module = name.rpartition(".")[0] or "the network"
@@ -282,8 +303,7 @@ def _sums(rows: Rows, recipe: Recipe, weights_K: Tensor, places_K: Tensor) -> di
     """Add rows up with weights, by parameter, each flat as it lies in a row."""
     places = places_K.to(rows.norm.device)
     weights = weights_K.to(rows.norm.device, torch.float32)
-    is_all = len(places) == len(rows)
-    dense = rows.dense_NP if is_all else rows.dense_NP[places]
+    dense = rows.dense_NP[places]
     scaled = weights * rows.dense_scale_N[places]
     sizes = [recipe.numbers[name] for name in recipe.dense]
     total = torch.mv(dense.float().T, scaled)[: sum(sizes)]

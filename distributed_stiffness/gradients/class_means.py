@@ -26,6 +26,7 @@ from distributed_stiffness.gradients.budget import free_memory
 from distributed_stiffness.gradients.error_bound import FEWEST, bound_of, refuse_bound
 from distributed_stiffness.gradients.evidence import ALL_ZERO
 from distributed_stiffness.gradients.from_evidence import gradients_of_evidence
+from distributed_stiffness.gradients.gram import cosine
 from distributed_stiffness.gradients.loss_head import Loss
 from distributed_stiffness.gradients.per_example import PerExampleGradients
 from distributed_stiffness.gradients.self_check import check_gradients
@@ -153,10 +154,20 @@ def _checked(
 
 def _unit_vectors(gradients: PerExampleGradients, inputs: Nest, targets: Nest) -> Tensor:
     """Return unit gradients, (N, P) float64 on the CPU; 0 stays 0."""
-    rows = gradients.rows(inputs, targets)
-    units = rows.dense_NP.double() * rows.dense_scale_N.double().unsqueeze(1)
-    length = torch.linalg.vector_norm(units, dim=1, keepdim=True)
-    return (units / torch.where(length > 0, length, 1.0)).cpu()
+    rows, recipe = gradients.rows(inputs, targets), gradients.recipe
+    scaled = rows.dense_NP.double() * rows.dense_scale_N.double().unsqueeze(1)
+    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    scaled /= torch.where(length > 0, length, 1.0)
+    if not recipe.unused:
+        return scaled.cpu()
+    sizes = [recipe.numbers[name] for name in recipe.dense]
+    there = dict(zip(recipe.dense, torch.split(scaled, sizes, 1), strict=True))
+    n = len(scaled)
+    parts = [
+        there[name] if name in there else scaled.new_zeros(n, size)
+        for name, size in recipe.numbers.items()
+    ]
+    return torch.cat(parts, 1).cpu()
 
 
 def _bound(
@@ -166,9 +177,9 @@ def _bound(
     n = count_examples(examples[0])
     places = np.sort(np.random.default_rng(0).permutation(n)[:FEWEST])
     some = take(examples, torch.from_numpy(places))
-    units = _unit_vectors(gradients, *some)
+    rows = gradients.rows(*some)
     true = gradients.plain.cosines(*some, memory=memory).numpy()
-    bound = bound_of((units @ units.T).numpy(), true, symmetric=True)
+    bound = bound_of(cosine(rows, rows).cpu().numpy(), true, symmetric=True)
     if not allow_error:
         refuse_bound(bound, gradients, (places, some), n_sample=len(places))
     return {"error_bound": bound.bound, "error_bound_examples": len(places)}

@@ -200,6 +200,17 @@ class Rows:
         """Return room for n rows of this kind."""
         return self.map(lambda t: torch.empty(n, *t.shape[1:], dtype=t.dtype, device=t.device))
 
+    def is_like(self, other: Rows) -> bool:
+        """Whether rows are of one form, but for the number of positions."""
+        return (self.dense_NP.shape[1], self.dense_NP.dtype, len(self.factors)) == (
+            other.dense_NP.shape[1],
+            other.dense_NP.dtype,
+            len(other.factors),
+        ) and all(
+            f.A_NTd.shape[2] == g.A_NTd.shape[2]
+            for f, g in zip(self.factors, other.factors, strict=True)
+        )
+
     def with_room_for(self, other: Rows) -> Rows:
         """Return these rows with as many positions as others have: sequences differ in length."""
         positions = [f.n_positions for f in other.factors]
@@ -306,6 +317,8 @@ def collect(
     for batch in pieces(rows, size):
         place = slice(batch.start - rows.start, batch.stop - rows.start)
         made = make(batch, whole and [room[place] for room in whole])
+        if whole is not None and place.start == 0 and not whole[0].is_like(made[0]):
+            whole = None  # room of another form
         if whole is None:
             whole = made if len(made[0]) == n else [block.empty(n) for block in made]
         for k, block in enumerate(made):

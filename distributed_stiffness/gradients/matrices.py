@@ -75,7 +75,9 @@ def cosine_matrix(
         >>> cosine_matrix(net, "cross_entropy", (x, y)).shape
         (3, 3)
     """
-    work = MatrixWork.of(model, loss, examples, others, parameters, precision, memory, check)
+    work = MatrixWork.of(
+        model, loss, examples, others, parameters, precision, memory, check, allow_error
+    )
     (values,), _ = work.matrices(progress=progress)
     attrs: dict[str, Any] = {"parameters": json.dumps(list(work.gradients.parameters))}
     if check:
@@ -103,7 +105,9 @@ def gram_matrix(
 
     With `check` the attribute `error_bound` is in units of |g_i| |g_j|.
     """
-    work = MatrixWork.of(model, loss, examples, others, parameters, precision, memory, check)
+    work = MatrixWork.of(
+        model, loss, examples, others, parameters, precision, memory, check, allow_error
+    )
     (values,), ((rows, columns),) = work.matrices(progress=progress)
     attrs: dict[str, Any] = {"parameters": json.dumps(list(work.gradients.parameters))}
     if check:
@@ -154,7 +158,9 @@ def layer_cosines(
     Raises:
         ModelError: a group has no parameter; else as `cosine_matrix`.
     """
-    work = MatrixWork.of(model, loss, examples, others, parameters, precision, memory, check)
+    work = MatrixWork.of(
+        model, loss, examples, others, parameters, precision, memory, check, allow_error
+    )
     chosen = _groups(tuple(work.gradients.parameters), groups)
     values, _ = work.matrices(list(chosen.values()), progress=progress)
     attrs = {}
@@ -182,7 +188,9 @@ def gradient_norms(
 
     With `check` the attribute `error_bound` is relative to each norm.
     """
-    work = MatrixWork.of(model, loss, examples, None, parameters, precision, memory, check)
+    work = MatrixWork.of(
+        model, loss, examples, None, parameters, precision, memory, check, allow_error
+    )
     blocks = list(pieces(slice(0, count_examples(work.examples[0])), work.plan.block))
 
     def make() -> list[Tensor]:

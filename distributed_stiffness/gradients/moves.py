@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 _MOVING = frozenset(
     (
@@ -21,6 +21,9 @@ _MOVING = frozenset(
         "_pack_padded_sequence", "pack_padded_sequence", "grouped_mm", "_grouped_mm",
         # into Python
         "item", "tolist", "numpy", "__int__", "__index__", "__float__",
+        "__bool__", "__contains__", "__array__", "__complex__",
+        # which example, or position, has what
+        "argmax", "argmin", "argsort", "one_hot",
     )
 )  # fmt: skip
 
@@ -38,6 +41,8 @@ def may_move(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
         return len(args) > 1 and _picks(args[1])
     if name == "where":
         return len(args) == 1 and not kwargs  # which are true
+    if name == "embedding":
+        return len(args) > 1 and not isinstance(args[1], nn.Parameter)
     if name == "select":
         return len(args) > 1 and args[1] == 0
     return name.rstrip("_") in _MOVING or name in _MOVING

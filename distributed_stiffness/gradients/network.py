@@ -10,29 +10,30 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from distributed_stiffness.errors import GradientError, ModelError, StiffnessError
 from distributed_stiffness.gradients.batches import Nest, arguments, map_tensors, tensors
+from distributed_stiffness.gradients.module_state import (
+    BACKWARD_HOOKS,
+    Attribute,
+    Hook,
+    alike,
+    hooks_of,
+    leave_out,
+    looked_at,
+    state_of,
+)
 from distributed_stiffness.gradients.surroundings import NoLessThan, is_out_of_memory
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", *_BACKWARD_HOOKS)
-# Attributes of every module, which hold no state of a call.
-_OF_MODULES = frozenset(nn.Module().__dict__)
-# Two runs of a network on the same examples differ by less, relative to the largest output.
-_SAME = 1e-5
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
@@ -50,15 +51,17 @@ class Network:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, few: Nest | None = None) -> None:
-        self.module, self.dtype = private_copy(model), dtype
-        # The originals are kept: their `id` is nobody else's as long as they live.
-        self._originals = [p for _, p in model.named_parameters()]
-        self.held = {id(p): name for name, p in model.named_parameters()}
+        detached: list[Tensor] = []
+        self.module, self.dtype = private_copy(model, detached=detached), dtype
+        # They are kept: their `id` is nobody else's as long as they live.
+        self._originals = [*model.parameters(), *detached]
+        self.held = {id(p): f"the weight {name!r}" for name, p in model.named_parameters()}
+        self.held |= {id(t): "a tensor that was made of weights before" for t in detached}
         _refuse_views(model)
         floating = {p.dtype for p in model.parameters() if p.is_floating_point()}
         self._has_several = len(floating) > 1
         _convert(self.module, dtype)
-        self._state = list(_state(self.module))
+        self._state = list(state_of(self.module))
         if few is not None:
             self._leave_out(few)
 
@@ -90,10 +93,13 @@ class Network:
         A cache of what is made of parameters would hide their gradients; there the outputs alone
         must stay the same.
         """
-        caches = [a for a in self._state if isinstance(a, _Attribute) and a.may_be_cache]
-        hooks = list(_hooks(self.module))
-        for parts, gradients in ((hooks, True), (caches, False)):
-            expected = self._tried(few, gradients=gradients) if parts else None
+        caches = [a for a in self._state if isinstance(a, Attribute) and a.may_be_cache]
+        hooks = list(hooks_of(self.module))
+        both: tuple[tuple[Sequence[Attribute | Hook], bool], ...] = ((hooks, True), (caches, False))
+        for parts, gradients in both:
+            with looked_at(hooks if gradients else ()) as acting:
+                expected = self._tried(few, gradients=gradients) if parts else None
+            chosen = [part for part in parts if part not in acting]
             if expected is None:
                 continue
 
@@ -101,9 +107,10 @@ class Network:
                 expected: Sequence[Tensor | None] = expected, gradients: bool = gradients
             ) -> bool:
                 found = self._tried(few, gradients=gradients)
-                return found is not None and _alike(found, expected)
+                return found is not None and alike(found, expected)
 
-            _leave_out(parts, is_same)
+            if chosen:
+                leave_out(chosen, is_same)
         kept = [hook for hook in hooks if hook.is_backward and not hook.left_out]
         if kept:
             raise ModelError(
@@ -166,7 +173,9 @@ def saying_backward() -> Iterator[None]:
         ) from error
 
 
-def private_copy(model: nn.Module, *, of_training: bool = False) -> nn.Module:
+def private_copy(
+    model: nn.Module, *, of_training: bool = False, detached: list[Tensor] | None = None
+) -> nn.Module:
     """Return a copy of a network without what wraps it or its parts.
 
     Args:
@@ -174,6 +183,7 @@ def private_copy(model: nn.Module, *, of_training: bool = False) -> nn.Module:
         of_training: whether it stays what it is while the model is trained on: it has memory of
             its own, and hooks on gradients, which are the training's, hear nothing of it. Else the
             parameters have the memory of the model's.
+        detached: is given the copies that have lost the history of what they were copied from.
 
     Raises:
         ModelError: the network cannot be copied.
@@ -190,7 +200,7 @@ def private_copy(model: nn.Module, *, of_training: bool = False) -> nn.Module:
             for hook in () if of_training else (p._backward_hooks or {}).values():
                 memo[id(p)].register_hook(hook)
     try:
-        with torch.inference_mode(False), _WithoutHistory():
+        with torch.inference_mode(False), _WithoutHistory(detached):
             copied = copy.deepcopy(model, memo)
     except Exception as error:  # the user's own code: any type of error
         raise ModelError(
@@ -202,7 +212,7 @@ def private_copy(model: nn.Module, *, of_training: bool = False) -> nn.Module:
         for name, child in part._modules.items():
             if child is not None:
                 part._modules[name] = _unwrapped(child)
-        for kind in _BACKWARD_HOOKS if of_training else ():
+        for kind in BACKWARD_HOOKS if of_training else ():
             getattr(part, kind).clear()
     return copied
 
@@ -237,6 +247,10 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 class _WithoutHistory(TorchFunctionMode):
     """Let copy.deepcopy copy tensors that are results of others, without their history."""
 
+    def __init__(self, detached: list[Tensor] | None) -> None:
+        super().__init__()
+        self._detached = detached
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -247,8 +261,10 @@ class _WithoutHistory(TorchFunctionMode):
         """Copy a tensor, or make the call."""
         if func is Tensor.__deepcopy__ and (args[0].grad_fn is not None or args[0].is_inference()):
             tensor, memo = args
-            memo[id(tensor)] = tensor.detach().clone()
-            return memo[id(tensor)]
+            memo[id(tensor)] = copied = tensor.detach().clone()
+            if self._detached is not None and tensor.grad_fn is not None:
+                self._detached.append(copied)
+            return copied
         return func(*args, **(kwargs or {}))
 
 
@@ -263,235 +279,3 @@ def cast_dtype(t: Tensor, dtype: torch.dtype) -> torch.dtype:
     if t.is_floating_point():
         return dtype
     return _COMPLEX[dtype] if t.is_complex() else t.dtype
-
-
-# State
-
-# How a cache is empty: None, or a container without items; or not there.
-_Way = Literal["emptied", "deleted"] | None
-_WAYS: tuple[_Way, ...] = ("emptied", "deleted")
-_LIBRARIES = ("builtins", "torch", "numpy", "collections", "functools", "types", "typing", "enum")
-
-
-@dataclass
-class _Attribute:
-    """What a module, or an object of it, holds under a name, as it was; or holds no more."""
-
-    holder: MutableMapping[str, Any]
-    name: str
-    value: Any
-    restore: Callable[[], Any]
-    is_saved: bool  # in the state dict: a part of the network
-    left_out: _Way = None
-
-    def put_back(self) -> None:
-        """Give the holder what it had."""
-        if self.left_out is None:
-            self.holder[self.name] = self.restore()
-        elif self.left_out == "deleted":
-            self.holder.pop(self.name, None)
-        elif isinstance(self.value, Tensor):
-            self.holder[self.name] = None
-        else:
-            self.value.clear()
-            self.holder[self.name] = self.value
-
-    def leave_out(self, way: _Way) -> None:
-        """Leave it out from the next call on; None: put it back."""
-        self.left_out = way
-
-    @property
-    def may_be_cache(self) -> bool:
-        """Whether it holds numbers that a call may have put there."""
-        if self.is_saved:
-            return False
-        if isinstance(self.value, Tensor):
-            return not isinstance(self.value, nn.Parameter) and _is_number(self.value)
-        return isinstance(self.value, dict | list) and any(
-            map(_is_number, pytree.tree_leaves(self.value))
-        )
-
-
-@dataclass
-class _New:
-    """What a call has given to a module, or to an object of it."""
-
-    holder: MutableMapping[str, Any]
-    known: frozenset[str]
-    may_be_cache = False
-
-    def put_back(self) -> None:
-        """Take it away."""
-        for name in self.holder.keys() - self.known:
-            del self.holder[name]
-
-
-def _has_state(value: Any) -> bool:
-    """Whether it is an object of the user's own, which may keep something."""
-    is_own = type(value).__module__.partition(".")[0] not in _LIBRARIES
-    return is_own and hasattr(value, "__dict__") and not callable(value)
-
-
-@dataclass
-class _Hook:
-    """A hook of the user's on a module of the copy."""
-
-    hooks: MutableMapping[int, Any]
-    key: int
-    all: Mapping[int, Any]  # of the module, in their order
-    without: set[int]  # of these, left out
-    name: str  # of the module or parameter
-    is_backward: bool
-
-    @property
-    def left_out(self) -> bool:
-        """Whether it is left out."""
-        return self.key in self.without
-
-    def leave_out(self, way: _Way) -> None:
-        """Call the module without it, or with it again."""
-        (self.without.discard if way is None else self.without.add)(self.key)
-        self.hooks.clear()
-        self.hooks.update({k: h for k, h in self.all.items() if k not in self.without})
-
-
-def _state(root: nn.Module) -> Iterator[_Attribute | _New]:
-    seen: set[int] = set()
-    for module in root.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue  # it holds its tensors out of Python's sight
-        yield from _held(vars(module), seen, without=_OF_MODULES)
-        saved = module._buffers.keys() - module._non_persistent_buffers_set
-        yield from _held(module._buffers, seen, saved=saved)
-
-
-def _held(
-    holder: MutableMapping[str, Any],
-    seen: set[int],
-    without: Collection[str] = (),
-    saved: Collection[str] = (),
-) -> Iterator[_Attribute | _New]:
-    yield _New(holder, frozenset(holder))
-    for name, value in list(holder.items()):
-        if name in without:
-            continue
-        yield _Attribute(holder, name, value, _snapshot(value), name in saved)
-        is_plain = type(value).__module__.partition(".")[0] not in _LIBRARIES
-        if (
-            is_plain
-            and hasattr(value, "__dict__")
-            and not callable(value)
-            and id(value) not in seen
-        ):
-            seen.add(id(value))  # an object of the user's own, with a state of its own
-            yield from _held(vars(value), seen)
-
-
-def _hooks(root: nn.Module) -> Iterator[_Hook]:
-    for name, module in root.named_modules():
-        for kind in _HOOKS:
-            # torch's own make weights (weight_norm, spectral_norm, prune).
-            yield from _hooks_of(
-                getattr(module, kind),
-                f"{kind[1:-1]} of {name or 'the network'}",
-                is_backward=kind in _BACKWARD_HOOKS,
-            )
-    for name, p in root.named_parameters():
-        yield from _hooks_of(p._backward_hooks or {}, f"of {name}", is_backward=True)
-
-
-def _hooks_of(hooks: MutableMapping[int, Any], name: str, *, is_backward: bool) -> Iterator[_Hook]:
-    whole, without = dict(hooks), set[int]()
-    for key, hook in whole.items():
-        if not str(getattr(hook, "__module__", "") or "").startswith("torch."):
-            yield _Hook(hooks, key, whole, without, name, is_backward)
-
-
-def _leave_out(parts: Sequence[_Attribute | _Hook], is_same: Callable[[], bool]) -> None:
-    """Leave out all of them, or each that can be, so that the network stays the same."""
-    for some in (parts, *([part] for part in parts if len(parts) > 1)):
-        for way in _WAYS:
-            for part in some:
-                part.leave_out(way)
-            if is_same():
-                break
-            for part in some:
-                part.leave_out(None)
-        else:
-            continue
-        if some is parts:
-            return
-
-
-def _snapshot(value: Any) -> Callable[[], Any]:
-    """Return what gives a value back as it is now."""
-    if isinstance(value, Tensor):
-        return _Numbers(value).restored
-    if isinstance(value, dict):
-        parts = {k: _snapshot(v) for k, v in value.items()}
-
-        def restored_dict() -> Any:
-            values = {k: part() for k, part in parts.items()}
-            value.clear()
-            value.update(values)
-            return value
-
-        return restored_dict
-    if isinstance(value, list | deque):
-        items = [_snapshot(v) for v in value]
-
-        def restored_list() -> Any:
-            values = [item() for item in items]
-            value.clear()
-            value.extend(values)
-            return value
-
-        return restored_list
-    if isinstance(value, set):
-        members = frozenset(value)
-
-        def restored_set() -> Any:
-            value.clear()
-            value.update(members)
-            return value
-
-        return restored_set
-    return lambda: value
-
-
-class _Numbers:
-    """A tensor as it was, also after something was written into it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._version = tensor, tensor._version
-        self._numbers = tensor.detach().clone()
-
-    def restored(self) -> Tensor:
-        """Return the tensor, or another one with its numbers if it has been written to."""
-        if self._tensor._version != self._version:
-            self._tensor = self._numbers.clone()
-            self._version = self._tensor._version
-        return self._tensor
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def _alike(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> bool:
-    """Whether two runs gave the same, but for rounding."""
-    if len(found) != len(expected):
-        return False
-    for a, b in zip(found, expected, strict=True):
-        if a is None or b is None:
-            if a is not b:
-                return False
-        elif a.shape != b.shape or not torch.allclose(
-            a, b, rtol=_SAME, atol=_SAME * _largest(b), equal_nan=True
-        ):
-            return False
-    return True
-
-
-def _largest(t: Tensor) -> float:
-    return float(t.abs().nan_to_num(0.0, 0.0).max()) if t.numel() else 0.0

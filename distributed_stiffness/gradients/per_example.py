@@ -66,6 +66,7 @@ class _Current:
     """The recipe, which the same gradients in another precision have too."""
 
     recipe: Recipe
+    generation: int = 0  # how often batches have shown that gradients must be made otherwise
 
 
 class PerExampleGradients:
@@ -108,6 +109,8 @@ class PerExampleGradients:
         refuse_dependence(self.network.module)
         self.loss = double_loss(loss)
         self.checked_share, self.tolerance = CHECKED_SHARE, TOLERANCE[self.precision.rows]
+        # Whether rounding above what is allowed is an error at once: no error bound will say it.
+        self.rounding_is_refused = False
         self._image_format = torch.preserve_format
         if device.type == "cpu" and self.precision.network == torch.float32:
             self._image_format = lay_out_for_a_cpu(self.network, few)
@@ -167,10 +170,10 @@ class PerExampleGradients:
     def settled(self, make: Callable[[], T]) -> T:
         """Make rows that meet; again, if a batch has shown that they need another form."""
         while True:
-            recipe = self.recipe
+            generation = self._current.generation
             with contextlib.suppress(RecipeChanged):
                 made = make()
-                if self.recipe is recipe:
+                if self._current.generation == generation:
                     return made
 
     def rows(self, inputs: Nest, targets: Nest) -> Rows:
@@ -238,7 +241,7 @@ class PerExampleGradients:
     ) -> tuple[list[Rows], Kinks | None]:
         """Make the rows of one batch, and compare some of them with plain autograd."""
         inputs, targets = self._on_device(inputs, targets)
-        checked = BatchCheck(self, inputs, targets)
+        checked, generation = BatchCheck(self, inputs, targets), self._current.generation
         while True:
             kinks = Kinks(count_examples(inputs), self._rounding) if self._is_rounded else None
             with kinks or contextlib.nullcontext():
@@ -252,6 +255,8 @@ class PerExampleGradients:
             with fast_float32():
                 rows = [self._rows(parts, *both) for both in zip(recipes, rooms, strict=True)]
             if checked.agrees(list(zip(recipes, rows, strict=True)), kinks):
+                if self._current.generation != generation:
+                    raise RecipeChanged  # batches before were made as this one was not
                 return rows, kinks
 
     def _take_in(self, parts: Parts) -> None:
@@ -262,10 +267,13 @@ class PerExampleGradients:
 
     def _change(self, recipe: Recipe) -> None:
         self._current.recipe = recipe
+        self._current.generation += 1
         raise RecipeChanged
 
     def _rows(self, parts: Parts, recipe: Recipe, into: Rows | None) -> Rows:
-        room = None if into is None else into.dense_NP
+        width = sum(recipe.numbers[name] for name in recipe.dense)
+        fits = into is not None and into.dense_NP.shape[1] == width
+        room = into.dense_NP if into is not None and fits else None
         factors = []
         for weight in recipe.factored:
             found = parts.factors(recipe.layers[weight])
@@ -338,7 +346,7 @@ class PerExampleGradients:
         """
         with full_float32():
             done = self._passes.run(*self._on_device(inputs, targets))
-            parts = self._passes.parts(done, self.hard)
+            parts = self._passes.parts(done, self.hard, anew=True)
             with fast_float32():
                 gradients = {name: parts.whole(name) for name in self.parameters}
         factor = done.head.scale
@@ -356,7 +364,7 @@ class PerExampleGradients:
         """Return |g_i| of a few examples, (N,) float64, by the same way."""
         with full_float32():
             done = self._passes.run(*self._on_device(inputs, targets))
-            parts = self._passes.parts(done, self.hard)
+            parts = self._passes.parts(done, self.hard, anew=True)
             gradients = {name: parts.whole(name) for name in self.parameters}
         return norm_of(gradients) * done.head.scale
 
@@ -364,7 +372,7 @@ class PerExampleGradients:
         """Return the unit gradients of some of a batch's examples, made in this company."""
         with full_float32():
             done = self._passes.run(*self._on_device(inputs, targets))
-            parts = self._passes.parts(done, self.hard)
+            parts = self._passes.parts(done, self.hard, anew=True)
             found = []
             for place in places.tolist():
                 one = {n: parts.part(n, slice(place, place + 1)) for n in self.parameters}
@@ -407,11 +415,14 @@ class PerExampleGradients:
                 " an example's whole gradient, as where a derivative is taken inside the network,"
                 " or code that torch does not show takes it"
             )
+        self._current.generation += 1
         return bool(by_rules) or self._passes.one_by_one(differences.keys())
 
     def distrust_shapes(self) -> None:
         """Find in every batch anew whose its rows are: here it does not follow from shapes."""
-        self._passes.reader.trusts_shapes = False
+        if self._passes.reader.trusts_shapes:
+            self._passes.reader.trusts_shapes = False
+            self._current.generation += 1
 
     def _bind(self, in_play: Collection[str], like: Passes | None = None) -> None:
         """Take the parameters of the network, of which those of these names are in play."""

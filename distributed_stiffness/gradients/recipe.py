@@ -147,8 +147,8 @@ class Recipe:
 
         layers = {
             weight: layer
-            if layer.bias in names
-            else replace(layer, bias=None, numbers=layer.inputs * layer.outputs)
+            if layer.bias is None or layer.bias in names
+            else replace(layer, bias=None, numbers=self.numbers[weight])
             for weight, layer in self.layers.items()
             if weight in names
         }

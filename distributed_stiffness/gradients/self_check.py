@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed_stiffness.errors import GradientError
-from distributed_stiffness.gradients.batch_check import require_same_sum, said_wrong
+from distributed_stiffness.gradients.batch_check import require_same_sum, said_infinite, said_wrong
 from distributed_stiffness.gradients.batches import (
     Nest,
     count_examples,
@@ -88,6 +88,8 @@ def check_gradients(gradients: PerExampleGradients, inputs: Nest, targets: Nest)
             f"self-check: the network does not take one example alone in float64 ({error}), so that"
             " per-example gradients are not defined, or cannot be checked"
         ) from error
+    if not torch.isfinite(norm).all():
+        raise GradientError("self-check: " + said_infinite(norm))
     tolerance = TOLERANCE if dtypes.found <= {torch.float64} else TOLERANCE_OF_ROUNDING
     require_same_sum(exact, (inputs, targets), unit, norm)
     while True:

@@ -125,11 +125,12 @@ class NoLessThan(TorchFunctionMode):
         for value in values:
             if id(value) in self._held:
                 raise ModelError(
-                    f"the network or its loss takes the weight {self._held[id(value)]!r} past the"
-                    " module that holds it (by a closure, a patched method, a hook, a global name"
-                    " or a reference of its own), so that no copy of the network can be run in its"
-                    " place: reach layers by attributes of the module, and give a loss that takes"
-                    " weights as a WholeLoss of the model that it is given"
+                    f"the network or its loss takes {self._held[id(value)]} past the module that"
+                    " holds it (by a closure, a patched method, a hook, a global name, or an"
+                    " attribute that keeps what was made of it), so that no copy of the network can"
+                    " be run in its place: reach layers by attributes of the module, make of"
+                    " weights what is needed in forward, and give a loss that takes weights as a"
+                    " WholeLoss of the model that it is given"
                 )
             if type(value) in (list, tuple):
                 self._require_own(value)
