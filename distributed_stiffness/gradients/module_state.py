@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from distributed_stiffness.gradients.batches import tensors
 
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
-_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", *BACKWARD_HOOKS)
 # Attributes of every module, which hold no state of a call.
 _OF_MODULES = frozenset(nn.Module().__dict__)
 # Two runs of a network on the same examples differ by less, relative to the largest output.
@@ -55,8 +55,8 @@ class Attribute:
         self.left_out = way
 
     @property
-    def is_back(self) -> bool:
-        """Whether the last call has filled it again, as a cache is."""
+    def is_filled(self) -> bool:
+        """Whether it holds something now."""
         now = self.holder.get(self.name)
         return isinstance(now, Tensor) or (isinstance(now, dict | list) and len(now) > 0)
 
@@ -102,7 +102,6 @@ class Hook:
     without: set[int]  # of these, left out
     name: str  # of the module or parameter
     is_backward: bool
-    is_back = True  # it keeps nothing
 
     @property
     def left_out(self) -> bool:
@@ -192,20 +191,18 @@ def _of_place(hooks: MutableMapping[int, Any], name: str, *, is_backward: bool) 
             yield Hook(hooks, key, whole, without, name, is_backward)
 
 
-def leave_out(parts: Sequence[Attribute | Hook], is_same: Callable[[], bool]) -> None:
-    """Leave out all of them, or each that can be, so that the network stays the same."""
+def leave_out(parts: Sequence[Attribute | Hook], is_good: Callable[[], bool]) -> None:
+    """Leave out all of them, or else each that can be, as far as that is good."""
     for some in (parts, *([part] for part in parts if len(parts) > 1)):
         for way in _WAYS:
             for part in some:
                 part.leave_out(way)
-            if is_same() and all(part.is_back for part in some):
+            if is_good():
+                if some is parts:
+                    return
                 break
             for part in some:
                 part.leave_out(None)
-        else:
-            continue
-        if some is parts:
-            return
 
 
 def _snapshot(value: Any, known: dict[int, _Numbers]) -> Callable[[], Any]:
@@ -266,9 +263,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def alike(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> bool:
-    """Whether two runs gave the same, but for rounding."""
-    if len(found) != len(expected):
+def alike(found: Sequence[Tensor | None] | None, expected: Sequence[Tensor | None] | None) -> bool:
+    """Whether two runs gave the same, but for rounding; None: it did not run."""
+    if found is None or expected is None or len(found) != len(expected):
         return False
     for a, b in zip(found, expected, strict=True):
         if a is None or b is None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,11 +21,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from distributed_stiffness.errors import GradientError, ModelError, StiffnessError
-from distributed_stiffness.gradients.batches import Nest, arguments, map_tensors, tensors
+from distributed_stiffness.gradients.batches import (
+    Nest,
+    arguments,
+    as_nest,
+    map_tensors,
+    tensors,
+)
 from distributed_stiffness.gradients.module_state import (
     BACKWARD_HOOKS,
     Attribute,
-    Hook,
     alike,
     hooks_of,
     leave_out,
@@ -56,7 +62,6 @@ class Network:
         # They are kept: their `id` is nobody else's as long as they live.
         self._originals = [*model.parameters(), *detached]
         self.held = {id(p): f"the weight {name!r}" for name, p in model.named_parameters()}
-        self.held |= {id(t): "a tensor that was made of weights before" for t in detached}
         _refuse_views(model)
         floating = {p.dtype for p in model.parameters() if p.is_floating_point()}
         self._has_several = len(floating) > 1
@@ -64,6 +69,7 @@ class Network:
         self._state = list(state_of(self.module))
         if few is not None:
             self._leave_out(few)
+        self.held |= {id(t): "a tensor that was made of weights before" for t in detached}
 
     def in_dtype(self, dtype: torch.dtype) -> Network:
         """Return the same network in another format; itself, if it is its own."""
@@ -88,51 +94,57 @@ class Network:
             attribute.put_back()
 
     def _leave_out(self, few: Nest) -> None:
-        """Leave out what makes no difference: filled caches, hooks that only look on.
+        """Leave out hooks that only look on, and filled caches.
 
-        A cache of what is made of parameters would hide their gradients; there the outputs alone
-        must stay the same.
+        Without such a hook outputs and gradients stay what they are. Without a cache of what is
+        made of parameters the outputs do, and more gradients arrive than did (it has hidden them),
+        or the call fills it again.
         """
-        caches = [a for a in self._state if isinstance(a, Attribute) and a.may_be_cache]
         hooks = list(hooks_of(self.module))
-        both: tuple[tuple[Sequence[Attribute | Hook], bool], ...] = ((hooks, True), (caches, False))
-        for parts, gradients in both:
-            with looked_at(hooks if gradients else ()) as acting:
-                expected = self._tried(few, gradients=gradients) if parts else None
-            chosen = [part for part in parts if part not in acting]
-            if expected is None:
-                continue
-
-            def is_same(
-                expected: Sequence[Tensor | None] = expected, gradients: bool = gradients
-            ) -> bool:
-                found = self._tried(few, gradients=gradients)
-                return found is not None and alike(found, expected)
-
-            if chosen:
-                leave_out(chosen, is_same)
+        if hooks:
+            with looked_at(hooks) as acting:
+                expected = self._tried(few)
+            idle = [hook for hook in hooks if hook not in acting]
+            if expected is not None and idle:
+                leave_out(idle, lambda: alike(self._tried(few), expected))
         kept = [hook for hook in hooks if hook.is_backward and not hook.left_out]
         if kept:
             raise ModelError(
                 f"a hook of the network changes gradients ({kept[0].name}), so that they are not"
                 " those of the loss: remove it while gradients are compared"
             )
+        caches = [a for a in self._state if isinstance(a, Attribute) and a.may_be_cache]
+        before = self._tried(few) if caches else None
+        if before is None:
+            return
 
-    def _tried(self, few: Nest, *, gradients: bool) -> list[Tensor | None] | None:
-        """Return the outputs, and maybe some gradients; None where the network does not run."""
+        def is_one(cache: Attribute) -> bool:
+            found = self._tried(few)
+            outputs = None if found is None else found[: len(found) - self._n_gradients]
+            is_same = alike(outputs, before[: len(before) - self._n_gradients])
+            return is_same and (cache.is_filled or not alike(found, before))
+
+        for cache in caches:
+            leave_out([cache], functools.partial(is_one, cache))
+
+    @property
+    def _n_gradients(self) -> int:
+        return sum(p.requires_grad for p in self.module.parameters())
+
+    def _tried(self, few: Nest) -> list[Tensor | None] | None:
+        """Return outputs, then gradients; None where the network does not run."""
         inputs = map_tensors(lambda t: t.detach().clone().to(cast_dtype(t, self.dtype)), few)
         args, kwargs = arguments(inputs)
         try:
             with torch.enable_grad(), self.running() as module:
-                found = [t for t in tensors(module(*args, **kwargs)) if t.is_floating_point()]
-                outputs: list[Tensor | None] = [t.detach().clone() for t in found]
-                if gradients:
-                    parameters = [p for p in module.parameters() if p.requires_grad]
-                    total = torch.stack([t.sin().sum() for t in found if t.requires_grad]).sum()
-                    outputs += torch.autograd.grad(total, parameters, allow_unused=True)
+                outputs = as_nest(module(*args, **kwargs))
+                found = [t for t in tensors(outputs) if t.is_floating_point()]
+                parameters = [p for p in module.parameters() if p.requires_grad]
+                total = torch.stack([t.sin().sum() for t in found if t.requires_grad]).sum()
+                gradients = torch.autograd.grad(total, parameters, allow_unused=True)
         except Exception:  # whatever a network's own code raises
             return None
-        return outputs
+        return [*(t.detach().clone() for t in found), *gradients]
 
 
 @contextlib.contextmanager
