@@ -34,7 +34,7 @@ def lay_out_for_a_cpu(network: Network, few: Nest) -> torch.memory_format:
     """
     if not any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in network.module.modules()):
         return torch.preserve_format
-    network.module.to(memory_format=torch.channels_last)
+    _lay_out(network, torch.channels_last)
     few = prepare(take(few, slice(3)), torch.float32, torch.device("cpu"))
     few = map_tensors(torch.clone, few)  # a network may write into its inputs
     args, kwargs = arguments(map_tensors(lambda t: image_in(torch.channels_last, t), few))
@@ -42,12 +42,19 @@ def lay_out_for_a_cpu(network: Network, few: Nest) -> torch.memory_format:
         with torch.no_grad(), _Calls() as calls, network.running() as module:
             module(*args, **kwargs)
     except Exception:  # whatever a network's own code raises
-        network.module.to(memory_format=torch.contiguous_format)
+        _lay_out(network, torch.contiguous_format)
         return torch.preserve_format
     if calls.seen & {F.group_norm, torch.group_norm}:
-        network.module.to(memory_format=torch.contiguous_format)
+        _lay_out(network, torch.contiguous_format)
         return torch.contiguous_format
     return torch.channels_last
+
+
+def _lay_out(network: Network, memory_format: torch.memory_format) -> None:
+    """Lay the kernels of images out so; torch's own `to` refuses where there are others too."""
+    for p in network.module.parameters():
+        if p.dim() == 4:
+            p.data = p.data.contiguous(memory_format=memory_format)
 
 
 def image_in(memory_format: torch.memory_format, t: Tensor) -> Tensor:
