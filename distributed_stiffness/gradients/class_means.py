@@ -6,6 +6,7 @@ import itertools
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
@@ -149,15 +150,17 @@ def _checked(
         model, loss, read, n, parameters=parameters, precision="float64", factored=()
     )
     check_gradients(gradients, *read(evidence.places))
+    # Sums of many rows keep the digits that float32 rows would lose.
+    gradients.precision = replace(gradients.precision, rows=torch.float64)
     return gradients
 
 
 def _unit_vectors(gradients: PerExampleGradients, inputs: Nest, targets: Nest) -> Tensor:
     """Return unit gradients, (N, P) float64 on the CPU; 0 stays 0."""
     rows, recipe = gradients.rows(inputs, targets), gradients.recipe
-    scaled = rows.dense_NP.double() * rows.dense_scale_N.double().unsqueeze(1)
+    scaled = rows.dense_NP.double()
     length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    scaled /= torch.where(length > 0, length, 1.0)
+    scaled = scaled / torch.where(length > 0, length, 1.0)
     if not recipe.unused:
         return scaled.cpu()
     sizes = [recipe.numbers[name] for name in recipe.dense]
