@@ -26,6 +26,7 @@ from distributed_stiffness.gradients.reference import Reference
 MOST, FEWEST = 96, 24
 # What the checks of a sample may take of the time of what they check.
 SHARE = 0.03
+_ALWAYS = 1e8  # multiply-adds that are never grudged
 # The bound is the largest difference seen, times this: a sample of pairs does not hold the worst.
 # On an over-fitted net all 499,500 pairs held one 3.7 times as large as a sample of 96 examples
 # (docs/design/0002-numbers.md); of 24 examples there are 17 times fewer pairs.
@@ -52,7 +53,7 @@ def sample_size(*, passes: int, total: float) -> int:
     """
     # In float64, alone, and with the parameters' gradients: three times a half, four times as dear.
     each = 6 * max(1, passes)
-    return int(min(MOST, max(FEWEST, SHARE * total / each)))
+    return int(min(MOST, max(FEWEST, max(SHARE * total, _ALWAYS) / each)))
 
 
 def sample_examples(

@@ -879,6 +879,7 @@ class TestParametersInPlay:
         found = cosine_matrix(model, "cross_entropy", (x, classes()))
         assert abs(found.values - expected.numpy()).max() <= 2e-6
 
+    @pytest.mark.filterwarnings("ignore:the loss gradients of all examples are 0")
     def test_only_unused_parameters(self):
         """Where no parameter in play is used, every gradient is 0."""
         found = cosine_matrix(
