@@ -691,7 +691,7 @@ def test_a_factory_may_return_labelled_data(own_module):
         ({}, "returned no 'validation'"),
         ({"train": (np.zeros((2, 3)), [0, 1])}, "returned no 'validation'"),
         ({"validation": 3}, "validation split: it is a int"),
-        ({"validation": (1, 2, 3)}, "validation split: the items are no pairs"),
+        ({"validation": (1, 2, 3)}, "validation split: there are 3 values"),
         ({"validation": (np.zeros((2, 3)), [0])}, "2 inputs and 1 labels"),
     ],
 )
