@@ -109,6 +109,11 @@ class Plan:
         )
 
     @property
+    def sample_memory(self) -> int:
+        """Bytes that float64 gradients of the sample may take, in place of rows and blocks."""
+        return int((ROWS_SHARE + BLOCK_SHARE) * self.memory)
+
+    @property
     def store_bytes(self) -> int:
         """Of all matrices, before compression (which saves about a tenth), or of all sums."""
         if self.sums_bytes:

@@ -12,18 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from distributed_stiffness.engine.whole_matrix import classes_to_check
+from distributed_stiffness.gradients.reference import held_and_streamed
 from distributed_stiffness.plan import BLOCK_SHARE, Plan
 
 # Of a study's work, for the check of a whole matrix; and multiply-adds that take a second or two.
 WHOLE_SHARE, _ALWAYS = 0.03, 1e11
-
-
-def sample_memory(plan: Plan, n_parameters: int) -> int:
-    """Return the bytes that float64 gradients of the sample may take.
-
-    Four blocks of the sample at least, so that a large network's are not made too often.
-    """
-    return min(int(BLOCK_SHARE * plan.memory), max(2**28, plan.sample // 2 * 8 * n_parameters))
 
 
 @dataclass(frozen=True)
@@ -37,9 +30,9 @@ class SampleWork:
 def sample_work(plan: Plan, n_parameters: int) -> SampleWork:
     """Return what `Reference.cosines` makes of a sample: each block meets itself and all after."""
     n = min(plan.sample, plan.n_examples)
-    block = max(1, min(n, sample_memory(plan, n_parameters) // (2 * 8 * n_parameters)))
-    met = [n - start for start in range(0, n, block)]
-    return SampleWork(gradients=sum(met), pairs=sum(min(block, left) * left for left in met))
+    held, _ = held_and_streamed(n, n_parameters, memory=plan.sample_memory)
+    met = range(n, 0, -held)
+    return SampleWork(gradients=sum(met), pairs=sum(min(held, left) * left for left in met))
 
 
 def remade_gradients(plan: Plan) -> int:

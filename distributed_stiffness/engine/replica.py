@@ -22,7 +22,6 @@ from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.engine.checks import (
     classes_of_whole_matrix,
     n_undecided,
-    sample_memory,
 )
 from distributed_stiffness.engine.prediction import Speed
 from distributed_stiffness.engine.speed import measure, measure_checks
@@ -39,9 +38,13 @@ from distributed_stiffness.gradients.error_bound import bound_of, refuse_bound, 
 from distributed_stiffness.gradients.from_evidence import gradients_of_evidence
 from distributed_stiffness.gradients.gram import Rows, collect, cosine, folded_product
 from distributed_stiffness.gradients.passes import slow_gradients
-from distributed_stiffness.gradients.per_example import PerExampleGradients, RecipeChanged
+from distributed_stiffness.gradients.per_example import (
+    Known,
+    PerExampleGradients,
+    RecipeChanged,
+)
 from distributed_stiffness.gradients.surroundings import is_out_of_memory
-from distributed_stiffness.plan import ROWS_SHARE, Plan
+from distributed_stiffness.plan import BLOCK_SHARE, ROWS_SHARE, Plan
 from distributed_stiffness.store import Store, training_run
 from distributed_stiffness.study import Study
 from distributed_stiffness.tiling import Checkpoint, Task, Tile, pieces
@@ -115,6 +118,7 @@ class Replica:
         self._held = _HeldRows(int(ROWS_SHARE * plan.memory))
         self._models: OrderedDict[Checkpoint, nn.Module] = OrderedDict()
         self._gradients: tuple[Checkpoint, PerExampleGradients] | None = None
+        self._known: Known = set()  # batches of these that were compared with plain autograd
         self._work = _Work({})
         self._folding = Folding(data, self.store.edges()) if study.keep == "sums" else None
         self._loading, self._computing = threading.Lock(), threading.Lock()
@@ -215,6 +219,7 @@ class Replica:
                 batch=self.plan.batch,
                 mended_together=self.plan.block,
                 into=into,
+                known=self._known,
             )
             self._work.making_seconds += time.monotonic() - started
             self._work.gradients += examples.stop - examples.start
@@ -258,7 +263,9 @@ class Replica:
         )
         examples = self._examples(sample.examples)
         gradients = self._gradients_of(checkpoint)
-        memory = sample_memory(self.plan, gradients.n_parameters)
+        if 8 * gradients.n_parameters * len(sample.examples) > BLOCK_SHARE * self.plan.memory:
+            self._held.clear()  # the tiles of this checkpoint are done
+        memory = self.plan.sample_memory
         true = gradients.in_float64.plain.cosines(*examples, memory=memory).numpy()
         found = bound_of(sample.cosines, true, symmetric=True)
         if not self.plan.allow_error:
@@ -484,6 +491,7 @@ class Replica:
         """Return the gradients of a checkpoint's network; the last one is kept."""
         if self._gradients is None or self._gradients[0] != checkpoint:
             self._gradients = checkpoint, self._per_example(self._model(checkpoint))
+            self._known = set()
         return self._gradients[1]
 
     def _per_example(self, model: nn.Module) -> PerExampleGradients:

@@ -31,9 +31,9 @@ from distributed_stiffness.gradients.reference import Reference, real_numbers
 if TYPE_CHECKING:
     from distributed_stiffness.gradients.per_example import PerExampleGradients
 
-# Examples of a batch that are checked at least: fewer would be no company.
-FEWEST = 4
-CHECKED_SHARE = 0.1  # of each batch, unless a plan says more
+CHECKED_SHARE = 0.1  # of each batch, and one at least, unless a plan says otherwise
+# Examples among which a fault is looked for.
+_SUSPECTS = 4
 # What rounding leaves of a sum of K unit gradients, over √K, by the dtype of the rows.
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1e-2}
 # Two right ways agree to this in float64; and an example with itself in other company.
@@ -53,15 +53,24 @@ class Drawn:
         parts = (slice(0, middle), slice(middle, None)) if middle else (slice(None),)
         return [Drawn(self.places[part], self.signs[part]) for part in parts]
 
+    def among_others(self, n: int) -> Drawn:
+        """Add others of the batch's N, where there are fewer than tell a fault of company."""
+        free = torch.ones(n, dtype=torch.bool, device="cpu")
+        free[self.places] = False
+        others = free.nonzero().flatten()[: max(0, _SUSPECTS - len(self.places))]
+        signs = torch.ones(len(others), dtype=torch.float64, device="cpu")
+        return Drawn(torch.cat([self.places, others]), torch.cat([self.signs, signs]))
+
     @staticmethod
     def of(n: int, share: float, random: torch.Generator, less_wanted: Tensor) -> Drawn:
-        """Draw a share of N examples, those of `less_wanted` last."""
-        k = min(n, max(FEWEST, math.ceil(share * n)))
+        """Draw a share of N examples, rounded by chance, those of `less_wanted` last."""
+        chance = float(torch.rand((), generator=random, device="cpu"))
+        k = min(n, math.floor(share * n + chance + 1e-9))
         order = torch.randperm(n, generator=random, device="cpu")
         if len(less_wanted):
             last = torch.isin(order, less_wanted.cpu())
             order = torch.cat([order[~last], order[last]])
-            k = min(k, max(FEWEST, int((~last).sum())), n)
+            k = min(k, max(1, int((~last).sum())))
         signs = torch.randint(0, 2, (k,), generator=random, device="cpu") * 2 - 1
         return Drawn(order[:k], signs.double())
 
@@ -85,10 +94,14 @@ class BatchCheck:
         gradients: that make the rows; what they make wrong is noted there.
         inputs: of the batch, N first, on the device.
         targets: of the batch.
+        share: of the examples, which is compared.
     """
 
-    def __init__(self, gradients: PerExampleGradients, inputs: Nest, targets: Nest) -> None:
+    def __init__(
+        self, gradients: PerExampleGradients, inputs: Nest, targets: Nest, share: float
+    ) -> None:
         self._gradients, self._inputs, self._targets = gradients, inputs, targets
+        self._share = share
         self.is_read_anew = False  # whose the rows are was found in this batch itself
 
     def agrees(self, made: Sequence[tuple[Recipe, Rows]], kinks: Kinks | None) -> bool:
@@ -103,14 +116,14 @@ class BatchCheck:
             GradientError: examples depend on each other, or no way gives the right gradients.
         """
         gradients = self._gradients
-        if not gradients.checked_share:
-            return True
         near = torch.empty(0, device="cpu") if kinks is None else kinks.examples()
         n = count_examples(self._inputs)
         for _, rows in made:
             if not torch.isfinite(rows.norm).all():
                 raise GradientError(said_infinite(rows.norm))
-        drawn = Drawn.of(n, gradients.checked_share, gradients.random, near)
+        drawn = Drawn.of(n, self._share, gradients.random, near)
+        if not len(drawn.signs):
+            return True
         found = self._difference(drawn, made)
         if found.size <= gradients.tolerance * math.sqrt(len(drawn.signs)):
             if self.is_read_anew:
@@ -119,7 +132,7 @@ class BatchCheck:
         if not self.is_read_anew and n > 1:
             self.is_read_anew = True
             return False
-        drawn = self._worst(drawn, made)
+        drawn = self._worst(drawn, made).among_others(n)
         few = take((self._inputs, self._targets), drawn.places)
         exact = gradients.in_float64
         require_independence(exact, few)
@@ -147,7 +160,7 @@ class BatchCheck:
 
     def _worst(self, drawn: Drawn, made: Sequence[tuple[Recipe, Rows]]) -> Drawn:
         """Return the few examples that differ most, by halving."""
-        while len(drawn.signs) > FEWEST:
+        while len(drawn.signs) > _SUSPECTS:
             sizes = {half: self._difference(half, made).size for half in drawn.halves()}
             drawn = max(sizes, key=lambda half: _or_infinite(sizes[half]))
         return drawn
@@ -211,15 +224,15 @@ def _by_rules(
     exact: PerExampleGradients, few: tuple[Nest, Nest], signs_K: Tensor
 ) -> dict[str, float]:
     """Return how far the rules are from plain autograd, by parameter, in float64."""
-    unit, norms = exact.materialised(*few, unit=True), exact.norms_of(*few)
-    expected = exact.plain.unit_sums(*few, norms, signs_K)
+    made, scale = exact.scaled(*few)
+    length = norm_of(made)
+    expected = exact.plain.unit_sums(*few, length * scale, signs_K)
+    weights = signs_K.to(length.device) * torch.where(length > 0, 1 / length, 0.0)
     return {
         name: float(
-            torch.linalg.vector_norm(
-                torch.tensordot(signs_K.to(g.device, g.dtype), g, 1) - expected[name]
-            )
+            torch.linalg.vector_norm(torch.tensordot(weights.to(g.dtype), g, 1) - expected[name])
         )
-        for name, g in unit.items()
+        for name, g in made.items()
     }
 
 
@@ -294,7 +307,7 @@ def compare(
         sums = _sums(rows, recipe, weights * rows.norm.cpu()[drawn.places], drawn.places)
         for name in recipe.numbers if len(made) == 1 else (*recipe.used, *recipe.unused):
             difference = expected[name] if name not in sums else expected[name] - sums[name]
-            size = float(torch.linalg.vector_norm(difference, dtype=torch.float64))
+            size = float(torch.linalg.vector_norm(difference))
             found[name] = max(size, found.get(name, 0.0))
     return Difference(found)
 

@@ -13,8 +13,9 @@ from distributed_stiffness.gradients.per_example import PerExampleGradients
 from distributed_stiffness.gradients.recipe import Layer, Work
 from distributed_stiffness.plan import BATCH_BYTES, ROWS_SHARE, Plan, make_plan
 
-# What the comparison of every batch with plain autograd may take of the work.
-CHECKS_SHARE = 0.03
+# What the comparison of every batch with plain autograd may take of the work; and multiply-adds
+# that are never grudged.
+CHECKS_SHARE, _ALWAYS = 0.03, 3e8
 # A GPU wants many examples at a time.
 _BATCH_BYTES = {"cpu": BATCH_BYTES, "cuda": 4 * 2**30}
 
@@ -66,23 +67,31 @@ def fit(
         factored=chosen,
         batch_bytes=_BATCH_BYTES[device or gradients.device.type],
     )
-    plan = _with_checks(plan, work)
+    plan = _with_checks(plan, work, gradients.n_parameters)
     gradients.checked_share = plan.checked_share
     return gradients, plan
 
 
-def _with_checks(plan: Plan, work: Work) -> Plan:
+def _with_checks(plan: Plan, work: Work, n_parameters: int) -> Plan:
     """Let the checks take their share of the work: of each batch, and of the sample."""
     making = plan.gradients_per_example * work.making
     total = max(1.0, making + plan.n_examples / 2 * work.pair)  # of an example
-    # A pass of its own, and the gradients of the parameters.
-    each = max(1.0, plan.gradients_per_example * 1.5 * work.passes)
-    share = min(1.0, CHECKS_SHARE * total / each)
+    # A pass of its own, and the gradients of the parameters, once: a batch that is made again is
+    # not checked again. A pass is as dear as if it had one example more, and there are two halves.
+    each = 1.5 * max(1, work.passes)
+    affordable = max(CHECKS_SHARE * total, _ALWAYS / plan.n_examples) / each
+    checked = min(plan.batch, max(1, int(affordable * plan.batch) - 2))
+    checking = (checked + min(2, checked)) / plan.batch * each
     return replace(
         plan,
-        checked_share=share,
-        checked_work=share * each / (total + share * each),
-        sample=sample_size(passes=work.passes, total=plan.n_examples * total),
+        checked_share=checked / plan.batch,
+        checked_work=checking / (total + checking),
+        sample=sample_size(
+            passes=work.passes,
+            total=plan.n_examples * total,
+            n_parameters=n_parameters,
+            memory=plan.sample_memory,
+        ),
     )
 
 

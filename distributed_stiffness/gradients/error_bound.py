@@ -12,15 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from distributed_stiffness.certainty import allowed_error
 from distributed_stiffness.errors import GradientError
 from distributed_stiffness.gradients.batches import Nest, take
-from distributed_stiffness.gradients.loss_head import Loss
-from distributed_stiffness.gradients.network import Network
 from distributed_stiffness.gradients.per_example import PerExampleGradients
-from distributed_stiffness.gradients.reference import Reference
+from distributed_stiffness.gradients.reference import gradients_made, held_and_streamed
 
 # Examples of a sample: at most, and where more would take long.
 MOST, FEWEST = 96, 24
@@ -44,16 +41,22 @@ class Sample:
     cosines: np.ndarray  # (n, n) float32
 
 
-def sample_size(*, passes: int, total: float) -> int:
+def sample_size(*, passes: int, total: float, n_parameters: int, memory: int) -> int:
     """Return how many examples a sample has, by counted work.
 
     Args:
         passes: multiply-adds of a forward and backward pass over one example.
         total: multiply-adds of the matrix.
+        n_parameters: P.
+        memory: bytes that float64 gradients may take: where it holds few, each is made often.
     """
     # In float64, alone, and with the parameters' gradients: three times a half, four times as dear.
-    each = 6 * max(1, passes)
-    return int(min(MOST, max(FEWEST, max(SHARE * total, _ALWAYS) / each)))
+    affordable = max(SHARE * total, _ALWAYS) / (6 * max(1, passes))
+
+    def made(n: int) -> int:
+        return gradients_made(n, held_and_streamed(n, n_parameters, memory=memory)[0])
+
+    return max((n for n in range(FEWEST, MOST + 1) if made(n) <= affordable), default=FEWEST)
 
 
 def sample_examples(
@@ -109,31 +112,6 @@ def sample_columns(cosines: np.ndarray, *, size: int) -> tuple[np.ndarray, np.nd
     chosen, others = columns[: (n + 1) // 2], columns[(n + 1) // 2 :]
     near_zero = others[np.argsort(nearness[others], kind="stable")[: n // 2]]
     return rows, np.sort(np.concatenate([chosen, near_zero]))
-
-
-def error_bound(
-    model: nn.Module | Network,
-    loss: Loss,
-    inputs: Nest,
-    targets: Nest,
-    cosines: np.ndarray,
-    *,
-    names: Sequence[str],
-    memory: int,
-) -> float:
-    """Return the largest |stored − float64| over the sample's pairs, times the margin.
-
-    Args:
-        model: of the checkpoint, in evaluation mode.
-        loss: as in `PerExampleGradients`.
-        inputs: the sample's, N first.
-        targets: the sample's.
-        cosines: stored, (N, N).
-        names: parameters in play.
-        memory: bytes that float64 gradients may take.
-    """
-    truth = Reference(model, loss, names).cosines(inputs, targets, memory=memory)
-    return bound_of(cosines, truth.numpy(), symmetric=True).bound
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from torch import nn
 
 from distributed_stiffness.gradients.batches import Nest, prepare
 from distributed_stiffness.gradients.evidence import EXAMPLES, Evidence, draw_evidence
+from distributed_stiffness.gradients.in_play import device_of
 from distributed_stiffness.gradients.loss_head import Loss
 from distributed_stiffness.gradients.network import Network
-from distributed_stiffness.gradients.per_example import PerExampleGradients, device_of
+from distributed_stiffness.gradients.per_example import PerExampleGradients
 from distributed_stiffness.gradients.precision import precision_mode
 
 

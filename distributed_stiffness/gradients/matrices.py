@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from distributed_stiffness.errors import ModelError
 from distributed_stiffness.gradients.batches import Examples, count_examples
+from distributed_stiffness.gradients.in_play import matching, patterns_of
 from distributed_stiffness.gradients.loss_head import Loss
 from distributed_stiffness.gradients.matrix_work import MatrixWork, warn_of_zeros
-from distributed_stiffness.gradients.per_example import matching, patterns_of
 from distributed_stiffness.gradients.surroundings import in_fresh_surroundings
 from distributed_stiffness.tiling import pieces
 

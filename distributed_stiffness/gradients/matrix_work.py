@@ -32,7 +32,7 @@ from distributed_stiffness.gradients.evidence import ALL_ZERO
 from distributed_stiffness.gradients.from_evidence import gradients_of_evidence
 from distributed_stiffness.gradients.gram import Rows, cosine
 from distributed_stiffness.gradients.loss_head import Loss, warn_of_own_precision
-from distributed_stiffness.gradients.per_example import PerExampleGradients
+from distributed_stiffness.gradients.per_example import Known, PerExampleGradients
 from distributed_stiffness.gradients.precision import precision_mode
 from distributed_stiffness.gradients.reference import Products
 from distributed_stiffness.gradients.self_check import check_gradients
@@ -120,7 +120,9 @@ class MatrixWork:
         m = count_examples(columns[0])
         found = torch.empty(n_groups, n, m, device="cpu")
         norms = [(np.empty(n), np.empty(m)) for _ in range(n_groups)]
-        make_row, make_column = self.makes(self.examples, groups), self.makes(columns, groups)
+        make_row = make_column = self.makes(self.examples, groups)
+        if self.others is not None:
+            make_column = self.makes(self.others, groups)
         bar = bars.phase("pairs", n, "rows")
         for panel in pieces(slice(0, n), self.plan.panel_rows):
             held = make_row(panel)
@@ -148,12 +150,14 @@ class MatrixWork:
         self, examples: tuple[Nest, Nest], groups: Sequence[Collection[str]] | None
     ) -> Callable[[slice], list[Rows]]:
         """Return what makes rows of some examples, one block for each group."""
+        known: Known = set()
         return lambda rows: self.gradients.rows_of(
             lambda some: take(examples, some),
             rows,
             batch=self.plan.batch,
             mended_together=self.plan.block,
             groups=groups,
+            known=known,
         )
 
     # How far off they may be
@@ -232,7 +236,8 @@ class MatrixWork:
         if columns is not None and self.others is not None:
             others = take(self.others, torch.from_numpy(columns))
         plain = self.gradients.in_float64.plain
-        return plain.products(self._examples(rows), others, memory=self.plan.memory, groups=groups)
+        memory = self.plan.sample_memory
+        return plain.products(self._examples(rows), others, memory=memory, groups=groups)
 
     def _examples(self, chosen: np.ndarray) -> tuple[Nest, Nest]:
         found: tuple[Nest, Nest] = take(self.examples, torch.from_numpy(chosen))

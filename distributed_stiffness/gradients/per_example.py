@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fnmatch
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,9 +21,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from distributed_stiffness.errors import GradientError, ModelError
 from distributed_stiffness.gradients.batch_check import (
     CHECKED_SHARE,
     TOLERANCE,
@@ -34,6 +31,11 @@ from distributed_stiffness.gradients.batch_check import (
 from distributed_stiffness.gradients.batches import Nest, count_examples, map_tensors, prepare, take
 from distributed_stiffness.gradients.evidence import EXAMPLES
 from distributed_stiffness.gradients.gram import Rows, collect, unit_rows
+from distributed_stiffness.gradients.in_play import (
+    device_of,
+    parameters_in_play,
+    refuse_dependence,
+)
 from distributed_stiffness.gradients.kinks import Kinks, Moved, Rounded, Rounding
 from distributed_stiffness.gradients.loss_head import Loss, double_loss
 from distributed_stiffness.gradients.memory_format import image_in, lay_out_for_a_cpu
@@ -50,6 +52,7 @@ from distributed_stiffness.gradients.recipe import Recipe, Work
 from distributed_stiffness.gradients.reference import Reference
 
 T = TypeVar("T")
+Known = set[tuple[int, int, int]]  # generation of the recipe, first example, last + 1
 
 FACTOR_BYTES = 4  # of a number in a factor, which is float32 in every precision (gram.py)
 # Passes in float64 take so much fewer examples: numbers are twice as long, and a CPU's convolutions
@@ -200,6 +203,7 @@ class PerExampleGradients:
         mended_together: int,
         groups: Sequence[Collection[str]] | None = None,
         into: Sequence[Rows] | None = None,
+        known: Known | None = None,
     ) -> list[Rows]:
         """Return the unit gradients of many examples, with their norms and losses.
 
@@ -210,24 +214,35 @@ class PerExampleGradients:
             mended_together: after so many, those of them that are near a kink are looked at again.
             groups: the parameters of each of the rows returned; None takes all, once.
             into: room for the rows of each group, which is filled and returned.
+            known: batches that were checked: made again they are the same, and are not checked
+                again. Those that are made now are added.
 
         Raises:
             GradientError: gradients are not finite, or examples depend on each other.
             RecipeChanged: rows made before need another form: begin again (`settled`).
         """
         doubts: list[Doubtful] = []
+        known = set() if known is None else known
+        before = frozenset(known)
 
         def make(some: slice, room: Sequence[Rows] | None) -> list[Rows]:
             inputs, targets = read(some)
+            batch = self._current.generation, some.start, some.stop
             with full_float32():
-                made, kinks = self._one_batch(inputs, targets, groups, room)
+                share = (
+                    0.0 if batch in before else max(self.checked_share, 1 / len(range(*batch[1:])))
+                )
+                made, kinks = self._one_batch(inputs, targets, groups, room, share=share)
+            known.add(batch)
             if kinks is not None:
                 doubts.append(Doubtful.of(kinks, inputs, targets, some.start - examples.start))
             return made
 
         def mend(made: list[Rows]) -> None:
             if any(map(len, doubts)):
-                self._mend(made, doubts, groups, max(1, batch // _SMALLER[self.device.type]))
+                size = max(1, batch // _SMALLER[self.device.type])
+                share = 0.0 if known <= before else self.checked_share
+                self._mend(made, doubts, groups, size, share=share)
             doubts.clear()
 
         return collect(make, examples, batch, into, finish=mend, finished_together=mended_together)
@@ -238,10 +253,12 @@ class PerExampleGradients:
         targets: Nest,
         groups: Sequence[Collection[str]] | None,
         into: Sequence[Rows] | None = None,
+        *,
+        share: float,
     ) -> tuple[list[Rows], Kinks | None]:
-        """Make the rows of one batch, and compare some of them with plain autograd."""
+        """Make the rows of one batch, and compare a share of them with plain autograd."""
         inputs, targets = self._on_device(inputs, targets)
-        checked, generation = BatchCheck(self, inputs, targets), self._current.generation
+        checked, generation = BatchCheck(self, inputs, targets, share), self._current.generation
         while True:
             kinks = Kinks(count_examples(inputs), self._rounding) if self._is_rounded else None
             with kinks or contextlib.nullcontext():
@@ -305,13 +322,15 @@ class PerExampleGradients:
         doubtful: Sequence[Doubtful],
         groups: Sequence[Collection[str]] | None,
         size: int,
+        *,
+        share: float,
     ) -> None:
         """Make rows again in float64 where float32 was on the wrong side of a kink."""
         exact = self.in_float64
         with full_float32():
             wrong = [some.on_the_wrong_side(exact._run) for some in together(doubtful, size)]
             for some in together(wrong, size):
-                true_rows, _ = exact._one_batch(some.inputs, some.targets, groups)
+                true_rows, _ = exact._one_batch(some.inputs, some.targets, groups, share=share)
                 for k, true in enumerate(true_rows):
                     made[k] = made[k].with_room_for(true)
                     made[k].put(some.places, true)
@@ -335,38 +354,24 @@ class PerExampleGradients:
 
     # The whole gradients of a few examples
 
-    def materialised(
-        self, inputs: Nest, targets: Nest, *, unit: bool = False, over: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Return every parameter's gradient for each example, (N, *shape).
+    def materialised(self, inputs: Nest, targets: Nest) -> dict[str, Tensor]:
+        """Return every parameter's gradient for each example, (N, *shape), at true scale."""
+        gradients, scale = self.scaled(inputs, targets)
+        return {
+            name: g * scale.to(g.real.dtype).reshape(-1, *[1] * (g.dim() - 1))
+            for name, g in gradients.items()
+        }
 
-        At true scale; divided by numbers `over` (N,), if these are not 0; or with each example's
-        whole gradient at unit norm (0 stays 0). The latter are there also where the squares of the
-        true one are below 1e-308.
+    def scaled(self, inputs: Nest, targets: Nest) -> tuple[dict[str, Tensor], Tensor]:
+        """Return numbers and a scale, (N,) float64, whose product the gradients are.
+
+        The numbers are there also where the squares of the gradients are below 1e-308.
         """
         with full_float32():
             done = self._passes.run(*self._on_device(inputs, targets))
             parts = self._passes.parts(done, self.hard, anew=True)
             with fast_float32():
-                gradients = {name: parts.whole(name) for name in self.parameters}
-        factor = done.head.scale
-        if over is not None:
-            factor = torch.where(over > 0, factor / over, 1.0)
-        if unit:
-            length = norm_of(gradients)
-            factor = torch.where(length > 0, 1 / length, 0.0)
-        return {
-            name: g * factor.to(g.real.dtype).reshape(-1, *[1] * (g.dim() - 1))
-            for name, g in gradients.items()
-        }
-
-    def norms_of(self, inputs: Nest, targets: Nest) -> Tensor:
-        """Return |g_i| of a few examples, (N,) float64, by the same way."""
-        with full_float32():
-            done = self._passes.run(*self._on_device(inputs, targets))
-            parts = self._passes.parts(done, self.hard, anew=True)
-            gradients = {name: parts.whole(name) for name in self.parameters}
-        return norm_of(gradients) * done.head.scale
+                return {name: parts.whole(name) for name in self.parameters}, done.head.scale
 
     def unit_of(self, inputs: Nest, targets: Nest, places: Tensor) -> list[dict[str, Tensor]]:
         """Return the unit gradients of some of a batch's examples, made in this company."""
@@ -439,30 +444,6 @@ class PerExampleGradients:
         return prepared, map_tensors(lambda t: t.to(self.device), targets)
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a network's first parameter.
-
-    Raises:
-        ModelError: it has none.
-    """
-    if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"the network is {model!r}: expected a torch.nn.Module (one that was made, not its"
-            " class); a loss that calls functions can be a WholeLoss"
-        )
-    parameters = dict(model.named_parameters())
-    if not parameters:
-        raise ModelError("the network has no parameter that requires a gradient")
-    for name, p in parameters.items():
-        if is_lazy(p) or p.is_meta:
-            raise ModelError(
-                f"the parameter {name!r} has no numbers yet (it is"
-                f" {'lazy: run the network once' if is_lazy(p) else 'on the meta device'}):"
-                " expected a network with its weights"
-            )
-    return next(iter(parameters.values())).device
-
-
 def _keep_freed_memory() -> None:
     """Let the allocator keep what a pass frees for the next one.
 
@@ -470,77 +451,3 @@ def _keep_freed_memory() -> None:
     once: then it keeps pieces of up to that size. A fifth of a pass's time, where pages are dear.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
-
-
-def parameters_in_play(model: nn.Module, patterns: Sequence[str] | str | None) -> dict[str, Tensor]:
-    """Return the parameters that require gradients and match a pattern, by name; tied ones once.
-
-    Raises:
-        ModelError: none is left, or a pattern matches nothing.
-    """
-    trainable: dict[str, Tensor] = {
-        name: p for name, p in model.named_parameters() if p.requires_grad
-    }
-    if patterns is not None:
-        patterns = patterns_of(patterns, "parameters")
-        for pattern in patterns:
-            if not matching(list(trainable), [pattern]):
-                raise ModelError(
-                    f"no trainable parameter matches {pattern!r}; there are: {', '.join(trainable)}"
-                )
-        trainable = {name: trainable[name] for name in matching(list(trainable), patterns)}
-    if not trainable:
-        raise ModelError("the network has no parameter that requires a gradient")
-    return trainable
-
-
-def patterns_of(given: Sequence[str] | str, what: str) -> Sequence[str]:
-    """Return glob patterns; a single one may be given as it is.
-
-    Raises:
-        ModelError: they are something else.
-    """
-    if isinstance(given, str):
-        return [given]
-    if not isinstance(given, Collection) or not all(isinstance(p, str) for p in given):
-        raise ModelError(f"{what}: {given!r} are no patterns: expected strings such as '*.weight'")
-    return given
-
-
-def matching(names: Sequence[str], patterns: Sequence[str]) -> tuple[str, ...]:
-    """Return the names that match a glob pattern."""
-    return tuple(n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns))
-
-
-def refuse_dependence(model: nn.Module) -> None:
-    """Refuse modules that make one example's gradient depend on chance or on its company.
-
-    Raises:
-        GradientError: batch statistics or dropout are in use; the message names the module.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            if module.training:
-                raise GradientError(
-                    f"batch normalisation {name!r} is in training mode, so that an example's"
-                    " gradient would depend on its batch: call model.eval() first"
-                )
-            if module.running_mean is None:
-                raise GradientError(
-                    f"batch normalisation {name!r} keeps no running statistics, so that an"
-                    " example's gradient would depend on its batch: build it with"
-                    " track_running_stats=True, or use another normalisation"
-                )
-        if module.training and _dropout_share(module) > 0:
-            raise GradientError(
-                f"the dropout of {name!r} is active, so that gradients would be random: call"
-                " model.eval() first"
-            )
-
-
-def _dropout_share(module: nn.Module) -> float:
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p
-    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
-        return float(module.dropout)
-    return 0.0

@@ -217,7 +217,8 @@ class Reference:
         parts = self._places(groups)
         n, columns = count_examples(examples[0]), others or examples
         m = count_examples(columns[0])
-        block = max(1, min(n, memory // (2 * 8 * self.n_parameters)))
+        whole = n if others is None else n + m
+        held, streamed = held_and_streamed(whole, self.n_parameters, memory=memory)
         made = [torch.empty(len(parts), n, m, dtype=torch.float64, device="cpu")]
         made += [torch.empty(len(parts), k, dtype=torch.float64, device="cpu") for k in (n, m)]
         norms = [torch.empty(k, dtype=torch.float64, device="cpu") for k in (n, m)]
@@ -228,11 +229,13 @@ class Reference:
                 made[1 + side][k, part] = rows[:, place].norm(dim=1).cpu()
             return rows
 
-        for rows in pieces(slice(0, n), block):
+        for rows in pieces(slice(0, n), held):
             G = gradients(rows, examples, 0)
-            for across in pieces(slice(rows.start if others is None else 0, m), block):
-                is_same = others is None and across == rows
-                H = G if is_same else gradients(across, columns, 1)
+            if others is None:
+                for k, place in enumerate(parts):
+                    made[0][k, rows, rows] = (G[:, place] @ G[:, place].T).cpu()
+            for across in pieces(slice(rows.stop if others is None else 0, m), streamed):
+                H = gradients(across, columns, 1)
                 for k, place in enumerate(parts):
                     product = (G[:, place] @ H[:, place].T).cpu()
                     made[0][k, rows, across] = product
@@ -256,6 +259,28 @@ class Reference:
         parts = torch.split(torch.arange(sum(sizes), device="cpu"), sizes)
         places = dict(zip(self.parameters, parts, strict=True))
         return [torch.cat([places[name] for name in group]) for group in groups]
+
+
+def held_and_streamed(n: int, n_parameters: int, *, memory: int) -> tuple[int, int]:
+    """Return of how many examples gradients are held, and streamed against them, at a time.
+
+    The more are held, the less often each is made; so few are streamed.
+
+    Args:
+        n: examples in all.
+        n_parameters: P, numbers of float64.
+        memory: bytes.
+    """
+    fit = max(1, memory // (8 * n_parameters))
+    if fit >= n:
+        return n, n
+    streamed = max(1, fit // 8)
+    return max(1, fit - streamed), streamed
+
+
+def gradients_made(n: int, held: int) -> int:
+    """Return how many gradients are made for all pairs of N examples, some held at a time."""
+    return sum(range(n, 0, -held))
 
 
 @dataclass(frozen=True)

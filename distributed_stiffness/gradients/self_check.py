@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from distributed_stiffness.errors import GradientError
 from distributed_stiffness.gradients.batch_check import require_same_sum, said_infinite, said_wrong
@@ -120,14 +120,14 @@ def check_gradients(gradients: PerExampleGradients, inputs: Nest, targets: Nest)
             )
 
 
-class _FloatingDtypes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _FloatingDtypes(TorchFunctionMode):
     """Note in which floating-point numbers a network computes."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.found: set[torch.dtype] = set()
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -146,11 +146,12 @@ def _differences(
     backwards = torch.arange(n - 1, -1, -1, device="cpu").chunk(2)
     worst: dict[str, float] = {}
     for some in (torch.arange(n, device="cpu"), *(backwards if n > 1 else ())):
-        made = exact.materialised(*take((inputs, targets), some), over=norm_N[some])
+        made, scale = exact.scaled(*take((inputs, targets), some))
+        scale = torch.where(norm_N[some] > 0, scale / norm_N[some], 1.0)
         expected = [exact.plain.by_name(unit_NP[i]) for i in some.tolist()]
         for name, gradients in made.items():
-            for row, true in zip(gradients, expected, strict=True):
-                size = float(torch.linalg.vector_norm(real_numbers(row) - true[name]))
+            for row, factor, true in zip(gradients, scale, expected, strict=True):
+                size = float(torch.linalg.vector_norm(factor * real_numbers(row) - true[name]))
                 worst[name] = _larger(size, worst.get(name, 0.0))
     return worst
 

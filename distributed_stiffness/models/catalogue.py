@@ -18,8 +18,8 @@ from distributed_stiffness.gradients.batches import (
     map_tensors,
     prepare,
 )
+from distributed_stiffness.gradients.in_play import device_of
 from distributed_stiffness.gradients.network import Network
-from distributed_stiffness.gradients.per_example import device_of
 from distributed_stiffness.gradients.surroundings import undisturbed
 from distributed_stiffness.models import foreign
 from distributed_stiffness.models.cnn import cnn

@@ -22,9 +22,9 @@ from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.engine.sums import bin_edges
 from distributed_stiffness.factories import import_loss
 from distributed_stiffness.gradients.batches import Nest, call, from_numpy, prepare, take
+from distributed_stiffness.gradients.in_play import parameters_in_play
 from distributed_stiffness.gradients.loss_head import logits_of
 from distributed_stiffness.gradients.network import Network
-from distributed_stiffness.gradients.per_example import parameters_in_play
 from distributed_stiffness.gradients.reference import Reference
 from distributed_stiffness.store import coordinate_values
 from distributed_stiffness.study import Study

@@ -11,9 +11,9 @@ from torch import nn
 from distributed_stiffness.data.selection import StudyData
 from distributed_stiffness.engine.replica import Replica
 from distributed_stiffness.engine.whole_matrix import ClassMeans
+from distributed_stiffness.gradients.in_play import device_of
 from distributed_stiffness.gradients.loss_head import Loss
 from distributed_stiffness.gradients.network import private_copy
-from distributed_stiffness.gradients.per_example import device_of
 from distributed_stiffness.plan import Plan
 from distributed_stiffness.study import Study
 from distributed_stiffness.tiling import Checkpoint, Task, tasks

@@ -5,24 +5,27 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from studies import run_options, tiny_study
+from torch import nn
 
 from distributed_stiffness.engine import run_study
 from distributed_stiffness.engine.checks import (
     n_undecided,
     read_pairs,
     remade_gradients,
-    sample_memory,
     sample_work,
 )
 from distributed_stiffness.engine.job import _Totals
 from distributed_stiffness.engine.prediction import CheckSeconds, Speed, predict
 from distributed_stiffness.errors import StudyError
+from distributed_stiffness.gradients.reference import Reference
 from distributed_stiffness.plan import SMALLEST_BLOCK, Plan, make_plan
 
 
@@ -106,20 +109,25 @@ def test_hours_at_an_assumed_rate() -> None:
 class TestWorkOfChecks:
     """What checks compute, against counting while they compute."""
 
-    @pytest.mark.parametrize("n_parameters", [600, 10**6])
-    def test_a_sample(self, n_parameters: int) -> None:
-        """Gradients and products are those of a loop over the blocks of `Reference.cosines`."""
-        made = plan(memory=4 * 10**9)
-        block = max(1, sample_memory(made, n_parameters) // (16 * n_parameters))
-        blocks = [range(a, min(a + block, 96)) for a in range(0, 96, block)]
-        gradients = pairs = 0
-        for k, rows in enumerate(blocks):
-            gradients += len(rows) + sum(len(columns) for columns in blocks[k + 1 :])
-            pairs += sum(len(rows) * len(columns) for columns in blocks[k:])
+    @pytest.mark.parametrize("rows", [1, 5, 40, 96])
+    def test_a_sample(self, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Gradients and products are those of `Reference.cosines`, which holds so many rows."""
+        network, counted = nn.Linear(4, 3), []
+        gradients = Reference.gradients
 
-        found = sample_work(made, n_parameters)
+        def counting(self: Reference, inputs: Any, targets: Any) -> Any:
+            counted.append(len(inputs))
+            return gradients(self, inputs, targets)
 
-        assert (found.gradients, found.pairs) == (gradients, pairs)
+        monkeypatch.setattr(Reference, "gradients", counting)
+        made = replace(plan(), memory=rows * 8 * 15 * 4 // 3)
+        true = Reference(network, "cross_entropy", ["weight", "bias"])
+        true.cosines(torch.randn(96, 4), torch.arange(96) % 3, memory=made.sample_memory)
+
+        found = sample_work(made, 15)
+
+        assert found.gradients == sum(counted)
+        assert found.pairs >= 96 * 95 / 2
 
     def test_what_is_read_or_made_again(self) -> None:
         """Stored pairs are read by half; where there are none, gradients are made again."""
