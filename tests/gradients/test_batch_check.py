@@ -25,8 +25,10 @@ from distributed_stiffness.gradients.batch_check import BatchCheck
 from distributed_stiffness.gradients.layout import Layout
 from distributed_stiffness.gradients.rules.convolution import Convolution
 from distributed_stiffness.gradients.rules.linear import Linear
+from distributed_stiffness.models import resnet20
 
 N, LATE = 96, 60
+LITTLE = 100_000  # bytes, that hold a third of the rows
 LABELS = torch.arange(N) % 3
 PUBLIC = [cosine_matrix, gram_matrix, layer_cosines, gradient_norms, class_cosine_matrix]
 public = pytest.mark.parametrize("function", PUBLIC, ids=lambda f: f.__name__)
@@ -165,12 +167,35 @@ class TestWhatItCosts:
         assert 24 <= found.plan.sample <= 96
 
     def test_more_where_products_take_the_time(self):
-        """All where that is cheap; else the larger the matrix, the more of each batch."""
-        shares = [
-            explain(
-                images(), "cross_entropy", (pictures(), LABELS), n_examples=n
-            ).plan.checked_share
-            for n in (100, 10_000, 100_000, 1_000_000)
+        """Of every batch one example at least; the larger the matrix, the more of each."""
+        network, examples = resnet20((3, 32, 32), 10), torch.randn(8, 3, 32, 32)
+        plans = [
+            explain(network, "cross_entropy", (examples, LABELS[:8]), n_examples=n).plan
+            for n in (500, 5_000, 50_000)
         ]
-        assert shares[0] == 1.0
-        assert shares[1] < shares[2] < shares[3] == 1.0
+        assert 1 / plans[0].batch <= plans[0].checked_share
+        assert plans[0].checked_share < plans[1].checked_share < plans[2].checked_share == 1.0
+        assert max(plan.checked_work for plan in plans) <= 0.05
+
+    def test_a_batch_that_is_made_again_is_not_compared_again(self, monkeypatch):
+        """A memory that holds few rows makes gradients often, of the same batches."""
+        compared = []
+        agrees = BatchCheck.agrees
+
+        def counting(self, *args):
+            compared.append(self._share)
+            return agrees(self, *args)
+
+        monkeypatch.setattr(BatchCheck, "agrees", counting)
+        net, x = images(), pictures()
+        whole = cosine_matrix(net, "cross_entropy", (x, LABELS))
+        assert min(compared) > 0
+        compared.clear()
+        few = cosine_matrix(net, "cross_entropy", (x, LABELS), memory=LITTLE)
+        again = compared.count(0.0)
+        assert again > 0
+        assert (
+            len(compared) - again
+            >= len(x) / explain(net, "cross_entropy", (x, LABELS), memory=LITTLE).plan.batch
+        )
+        assert abs(few - whole).max() < 1e-6

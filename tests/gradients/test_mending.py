@@ -135,9 +135,11 @@ def test_what_waits_is_let_go_with_every_window() -> None:
     waiting: list[int] = []
     mend = PerExampleGradients._mend
 
-    def counted(self: PerExampleGradients, made: Any, doubtful: Any, *rest: Any) -> None:
+    def counted(
+        self: PerExampleGradients, made: Any, doubtful: Any, *rest: Any, share: float
+    ) -> None:
         waiting.append(sum(map(len, doubtful)))
-        mend(self, made, doubtful, *rest)
+        mend(self, made, doubtful, *rest, share=share)
 
     with mock.patch.object(PerExampleGradients, "_mend", counted):
         gradients.rows_of(
