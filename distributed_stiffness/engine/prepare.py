@@ -231,13 +231,18 @@ def prepare(study: Study, run: Run, progress: Progress) -> Prepared:
 
 def _described(study: Study, data: StudyData) -> str:
     """One line: what is run."""
-    training = study.training
-    rates = ", ".join(map(rate_in_words, training.learning_rates))
-    return (
-        f"study: {data.n_examples:,} examples of {data.labelled.name}, {study.model.name},"
-        f" learning rates {rates}, seeds {', '.join(map(str, training.seeds))}, iterations"
-        f" {', '.join(map(str, study.iterations))}"
-    )
+    training, trained_here = study.training, not study.training.imported
+    parts = [f"{data.n_examples:,} examples of {data.labelled.name}", study.model.name]
+    for name, values, words in (
+        ("learning rate", training.learning_rates, rate_in_words),
+        ("seed", training.seeds, str),
+        ("iteration", study.iterations, str),
+    ):
+        # Of imported checkpoints a single 0 was not given.
+        if trained_here or values != (0,):
+            said = ", ".join(map(words, values))
+            parts.append(f"{name}{'s' if len(values) > 1 else ''} {said}")
+    return f"study: {', '.join(parts)}"
 
 
 def _checked(
