@@ -3,8 +3,8 @@
     python benchmarks/checks.py [fully_connected cnn resnet20 transformer resnet18]
 
 A case is one checkpoint with random weights and random examples, measured by `measure_checkpoints`
-on the serial engine. Each check is timed where it stands in the run; "asked" is what issue and plan
-allow: all of them together a tenth of a run longer than a minute, that of every batch a twentieth.
+on the serial engine. Each check is timed where it stands in the run. Asked: of a run longer than a
+minute the comparison of every batch takes at most a twentieth, and all checks together a tenth.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ BUILT: dict[str, tuple[Callable[[int], Built], int]] = {
     **{name: (case.build, case.n) for name, case in CASES.items()},
     "resnet18": (images(resnet18, (3, 32, 32), 100), 1000),
 }
-# What is timed, and where it stands. The sample is drawn and compared; of the whole matrix, sums
-# are made that need no pairs.
-SELF, BATCH, SAMPLE, WHOLE = "self-check", "every batch", "sample", "whole matrix"
+ORDER = SELF, BATCH, SAMPLE, WHOLE = "self-check", "every batch", "sample", "whole matrix"
 
 
 def main() -> None:
@@ -48,7 +46,7 @@ def main() -> None:
     parser.add_argument("--memory", type=int, help="bytes (default: a share of what is free)")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    columns = ["case", "N", "P", "run", SELF, BATCH, SAMPLE, WHOLE, "together", "without a check"]
+    columns = ["case", "N", "P", "run", *ORDER, "together", "without a check"]
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns), flush=True)
     for name in options.cases:
@@ -72,14 +70,11 @@ def row(name: str, build: Callable[[int], Built], n: int, memory: int | None) ->
     return "| " + " | ".join([*cells, f"{checks / whole:.1%}", f"{whole - checks:.3g} s"]) + " |"
 
 
-ORDER = (SELF, BATCH, SAMPLE, WHOLE)
-
-
 def study(model: nn.Module, inputs: Tensor, targets: Tensor, memory: int | None) -> None:
     """Measure one checkpoint of the network."""
-    case: Any = ModuleType("case")
+    case: Any = sys.modules.setdefault("case", ModuleType("case"))
     case.network, case.data = (lambda: model), (lambda: (inputs, targets))
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(sys.modules, case=case):
+    with tempfile.TemporaryDirectory() as folder:
         torch.save(model.state_dict(), Path(folder) / "step1.pt")
         measure_checkpoints(
             "case:network",

@@ -15,7 +15,7 @@ from distributed_stiffness.plan import BATCH_BYTES, ROWS_SHARE, Plan, make_plan
 
 # What the comparison of every batch with plain autograd may take of the work; and multiply-adds
 # that are never grudged.
-CHECKS_SHARE, _ALWAYS = 0.03, 3e8
+CHECKS_SHARE, _ALWAYS = 0.03, 1e8
 # A GPU wants many examples at a time.
 _BATCH_BYTES = {"cpu": BATCH_BYTES, "cuda": 4 * 2**30}
 

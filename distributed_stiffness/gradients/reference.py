@@ -155,6 +155,8 @@ class Reference:
             norms[i] *= size
             if self.same_direction is _log_odds:
                 norms[i] *= max(slopes[0].sigmoid().item(), sys.float_info.min)
+            if size > 0:  # a gradient that is there has a norm that says so
+                norms[i].clamp_(min=sys.float_info.min)
         return rows, norms
 
     def unit_sum(self, inputs: Nest, targets: Nest, norms: Tensor) -> Tensor:
@@ -226,7 +228,10 @@ class Reference:
         def gradients(part: slice, of: tuple[Nest, Nest], side: int) -> Tensor:
             rows, norms[side][part] = self.gradients(*take(of, part))
             for k, place in enumerate(parts):
-                made[1 + side][k, part] = rows[:, place].norm(dim=1).cpu()
+                if groups is None:
+                    made[1 + side][k, part] = (norms[side][part] > 0).double()
+                else:
+                    made[1 + side][k, part] = rows[:, place].norm(dim=1).cpu()
             return rows
 
         for rows in pieces(slice(0, n), held):

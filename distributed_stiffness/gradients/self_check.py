@@ -140,12 +140,12 @@ def _differences(
 ) -> dict[str, float]:
     """Return how far each parameter's gradients are off, at most, in units of a whole gradient.
 
-    Made of the same examples in their order, and backwards in two halves.
+    Made backwards: all of them, and the second half, which is other company.
     """
-    n = count_examples(inputs)
-    backwards = torch.arange(n - 1, -1, -1, device="cpu").chunk(2)
+    backwards = torch.arange(count_examples(inputs) - 1, -1, -1, device="cpu")
+    half = backwards[: len(backwards) // 2]
     worst: dict[str, float] = {}
-    for some in (torch.arange(n, device="cpu"), *(backwards if n > 1 else ())):
+    for some in (backwards, half) if len(half) else (backwards,):
         made, scale = exact.scaled(*take((inputs, targets), some))
         scale = torch.where(norm_N[some] > 0, scale / norm_N[some], 1.0)
         expected = [exact.plain.by_name(unit_NP[i]) for i in some.tolist()]
