@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import (
@@ -26,6 +26,7 @@ from pydantic import (
 
 from distributed_stiffness.errors import StudyError
 
+S = TypeVar("S", bound=BaseModel)
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Option = bool | int | float | str | list[int] | list[float]
@@ -292,8 +293,8 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def build_study(build: Callable[[], Study]) -> Study:
-    """Build a study; say what is wrong with it in words.
+def build_study(build: Callable[[], S]) -> S:
+    """Build a study, or a part of one; say what is wrong with it in words.
 
     Raises:
         StudyError: a field is wrong; the message names it, its value and what is expected.

@@ -106,6 +106,24 @@ class TestNames:
             ("warmup_steps=100.pt", "warmup_steps=100, which may be another quantity"),
             ("num_epochs=100.pt", "num_epochs=100, which may be another quantity"),
             ("lr_step=30.pt", "lr_step=30, which may be another quantity"),
+            ("step_lr_5.pt", "step_lr_5, which may be another quantity"),
+            ("epoch=2-val_step=12.ckpt", "val_step=12, which may be another quantity"),
+            ("head_lr0.1/step5.pt", r"head_lr0\.1, which may be another quantity"),
+            ("data_seed1/step5.pt", "data_seed1, which may be another quantity"),
+            ("lr=10^-3_step5.pt", "'10' for the learning rate"),
+            ("lr=5%_step5.pt", "'5' for the learning rate"),
+            ("lr_−3_step5.pt", "'-3' for the learning rate"),
+            ("lr-3/step5.pt", "'-3' for the learning rate"),
+            ("lr_001/step5.pt", "'001' for the learning rate"),
+            ("lr=1,e-3/step5.pt", "'1,e-3' for the learning rate"),
+            ("lr0.1-0.01/step5.pt", r"'0\.1-0' for the learning rate"),
+            ("lr1e-4_1e-3/step5.pt", "'1e-4_1' for the learning rate"),
+            ("step--5.pt", "'-5' for the iteration"),
+            ("step=5².pt", "'5' for the iteration"),
+            ("step=5;6.pt", "'5' for the iteration"),
+            ("step_12345_67890.pt", "'12345_67890' for the iteration"),
+            ("seed1-3/step5.pt", "'1-3' for the seed"),
+            ("checkpoint_20240105.pt", "'20240105' for the iteration"),
         ],
     )
     def test_a_number_that_could_be_another_is_refused_by_it(self, name: str, said: str) -> None:
@@ -193,6 +211,7 @@ class TestNames:
             ("lr{lr}", "lr1,5"),
             ("{seed}*{step}", "12.pt"),
             ("{seed}{step}", "12.pt"),
+            ("*{lr}/{step}", "10^-3/5.pt"),
         ],
     )
     def test_a_pattern_takes_no_part_of_a_number(self, pattern: str, path: str) -> None:
@@ -201,6 +220,23 @@ class TestNames:
         """
         with pytest.raises(CheckpointError, match=r"does not end like|nothing between"):
             placed([path], pattern)
+
+    def test_a_pattern_that_fits_in_two_ways(self) -> None:
+        """
+        A number in groups and the next one: both readings are said.
+        """
+        with pytest.raises(CheckpointError, match="with 1_500 and 200, or with 1 and 500_200"):
+            placed(["m_1_500_200.pt"], "m_{seed}_{step}")
+        assert placed(["m_1_500.pt"], "m_{seed}_{step}") == {Place(0.0, 1, 500): "m_1_500.pt"}
+
+    @pytest.mark.parametrize(
+        "name", ["run_step5.pt", "train_step5.pt", "step_5_20240105.pt", "epoch_5_0.93.pt"]
+    )
+    def test_what_stands_beside_a_number(self, name: str) -> None:
+        """
+        A name, a day and a score are no second step.
+        """
+        assert placed([name]) == {Place(iteration=5): name}
 
 
 class TestFiles:
@@ -378,6 +414,9 @@ class TestTables:
             (b"a.pt,0.1\n", "has no column path, but a.pt, 0.1"),
             (b'[{"path": "a.pt"}]', "has no column path"),
             (b"path,lr,seed\na.pt,0,001,3\n", r"row 1 of t\.csv has 4 cells, its header 3.*comma"),
+            (b"path,lr,seed\na.pt,0.1\n", r"row 1 of t\.csv has 2 cells, its header 3"),
+            (b"path,lr,seed\na.pt,0,001\n", "a learning rate of 0, which stands for 'not given'"),
+            (b"path,step\na.pt,5\na.pt,\n", "row 2 of t.csv has no iteration, and others have one"),
             (b"path,lr,lr\na.pt,1,2\n", "has the column lr twice"),
             (b"path,epoch,step\na.pt,1,2\n", "gives the iteration twice"),
             (b"path;step\na.pt;1.000\n", r"'1\.000' for the iteration"),

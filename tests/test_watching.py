@@ -474,12 +474,45 @@ class TestTheBudget:
 
         assert opened().iteration.values.tolist() == [1, 4, 16]
 
+    @pytest.mark.parametrize("every", [5.0, np.int64(5), torch.tensor(5)])
+    def test_numbers_of_any_kind(self, every):
+        """
+        A rate as well, which is labelled as it is written.
+        """
+        model = network()
+        with watched(model, every=every, learning_rate=np.float32(1e-3)) as stiffness:
+            train(model, stiffness.step)
+
+        assert (opened().iteration.values % 5 == 0).all()
+        assert opened().learning_rate.item() == 1e-3
+
+    def test_steps_that_begin_again_with_every_epoch(self):
+        """
+        What was measured is kept, and nothing of another epoch is put beside it.
+        """
+        model = network()
+        with watched(model, every=1) as stiffness:
+            for step in range(3):
+                stiffness.step(step)
+                with torch.no_grad():
+                    next(model.parameters()).mul_(1.1)
+            before = opened().cosine.values
+            for step in (0, 1, 2, 3):
+                with pytest.warns(UserWarning, match="count them over all epochs"):
+                    assert stiffness.step(step) is None
+
+        assert opened().iteration.values.tolist() == [0, 1, 2]
+        assert (opened().cosine.values == before).all()
+
 
 class TestMistakes:
     @pytest.mark.parametrize(
         ("choices", "kind", "said"),
         [
             ({"every": 0}, StudyError, "every is 0: expected 1 step"),
+            ({"every": "often"}, StudyError, "the step is 'o': expected a whole number"),
+            ({"examples": 0.5}, StudyError, "validation_examples"),
+            ({"learning_rate": "slow"}, StudyError, "the learning rate is 'slow'"),
             ({"budget": 2}, StudyError, r"budget is 2: expected a share"),
             ({"precision": "float8"}, StudyError, "precision"),
             ({"parameters": ["nope.*"]}, ModelError, "no trainable parameter matches 'nope"),

@@ -25,6 +25,7 @@ _EXPECTED = (
 )
 _INPUTS, _LABELS = ("x", "inputs"), ("y", "labels", "targets")
 _COLUMNS = ("input_ids", "pixel_values", "x", "inputs", "image", "img")
+_MOST_CLASSES = 1_000_000  # that numbers alone name: beyond, they are identities
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -124,7 +125,13 @@ def _superclasses(given: Any, name: str) -> tuple[int, ...]:
 
 
 def _numbered(*splits: Split | None) -> list[str]:
-    most = max(int(split.labels.max()) for split in splits if split is not None)
+    there = [split.labels for split in splits if split is not None]
+    most = max(int(labels.max()) for labels in there)
+    if most >= _MOST_CLASSES:
+        raise DataError(
+            f"there is a label {most:,}: expected labels of classes, 0, 1, 2, …; number them with"
+            " np.unique(labels, return_inverse=True), and give class_names"
+        )
     return [str(k) for k in range(max(most + 1, 2))]
 
 

@@ -36,20 +36,31 @@ def in_label_order(given: Any, what: str) -> tuple[str, ...]:
 
 def _by_label(given: Mapping[Any, Any], what: str) -> list[Any]:
     """Return the values of a mapping by label, or its keys by the labels that they have."""
-    labels = [_label(key) for key in given]
-    pairs = list(zip(labels, given.values(), strict=True))
-    if None in labels:
-        labels = [_label(value) for value in given.values()]
-        pairs = list(zip(labels, given.keys(), strict=True))
-    if None in labels or sorted(label for label in labels if label is not None) != list(
-        range(len(given))
-    ):
+    keys, values = list(given.keys()), list(given.values())
+    readings = [(_labels(keys), values), (_labels(values), keys)]
+    fitting = [dict(zip(labels, names, strict=True)) for labels, names in readings if labels]
+    if len(fitting) > 1 and fitting[0] != fitting[1]:
+        # Numbers on both sides: names are text, where labels are whole numbers.
+        texts = [all(isinstance(name, str) for name in names) for names in (values, keys)]
+        fitting = fitting[:1] if texts[0] else fitting[1:]
+        if not any(texts):
+            raise DataError(
+                f"{what} is {_shown(dict(given))}, which may be names by label or labels by name:"
+                " give a list of names in the order of the labels"
+            )
+    if not fitting:
         raise DataError(
             f"{what} is {_shown(dict(given))}: expected a name for each label from 0 on, such as"
             f" {{0: 'cat', 1: 'dog'}}; here the labels are 0 to {len(given) - 1}"
         )
-    by_label = dict(pairs)
-    return [by_label[label] for label in range(len(given))]
+    return [fitting[0][label] for label in range(len(given))]
+
+
+def _labels(values: list[Any]) -> list[int] | None:
+    """Return values as labels; None: they are not 0, 1, 2, … in some order."""
+    labels = [_label(value) for value in values]
+    known = sorted(label for label in labels if label is not None)
+    return [int(label or 0) for label in labels] if known == list(range(len(values))) else None
 
 
 def _label(value: Any) -> int | None:
@@ -61,6 +72,8 @@ def _label(value: Any) -> int | None:
 def _text(name: Any, what: str) -> str:
     if isinstance(name, bytes):
         return name.decode("utf-8", "replace")
+    if isinstance(name, str) and "\0" in name:
+        raise DataError(f"{what} has {_shown(name)}, with a character of code 0: expected text")
     if isinstance(name, str | int | float | np.integer | np.floating):
         return str(name)
     raise DataError(f"{what} has {_shown(name)}: expected text for each class")

@@ -2,16 +2,17 @@
 
 Of some examples of the batch, drawn at random, the unit gradients are added up with random signs.
 Plain autograd gives the same sum in one backward pass, parameter by parameter: it is the gradient
-of Σ ±loss_i / |g_i|. Those examples are run in two halves, drawn at random: rows that depend on the
-company which they were made in are found too, as are rows of other examples, and parameters whose
-use was not seen. (A directional derivative by forward mode would cost as much, lacks kernels, and
-names no parameter: docs/design/0009-checks.md.)
+of Σ ±loss_i / |g_i|. Two of those examples are run alone, two together, the others in two halves,
+drawn at random: rows that depend on the company which they were made in are found too, as are rows
+of other examples, and parameters whose use was not seen. (A directional derivative by forward mode
+would cost as much, lacks kernels, and names no parameter: docs/design/0009-checks.md.)
 
 Axis letters: N examples of the batch, K that are checked, T positions.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,10 +48,19 @@ class Drawn:
     places: Tensor  # (K,) int64, in the order of the draw, on the CPU
     signs: Tensor  # (K,) float64
 
+    def companies(self) -> list[Drawn]:
+        """Return two examples, each alone; two together; and two halves of the others."""
+        n = len(self.signs)
+        parts = self._cut(1, min(2, n), min(4, n), (n + min(4, n)) // 2)
+        return [part for part in parts if len(part.signs)]
+
     def halves(self) -> list[Drawn]:
-        """Return the first half and the second; one alone where there is one."""
-        middle = len(self.signs) // 2
-        parts = (slice(0, middle), slice(middle, None)) if middle else (slice(None),)
+        """Return the first half and the second."""
+        return self._cut(len(self.signs) // 2)
+
+    def _cut(self, *places: int) -> list[Drawn]:
+        edges = (0, *places, len(self.signs))
+        parts = [slice(*edge) for edge in itertools.pairwise(edges)]
         return [Drawn(self.places[part], self.signs[part]) for part in parts]
 
     def among_others(self, n: int) -> Drawn:
@@ -295,7 +305,7 @@ def compare(
     all_norms = torch.stack([rows.norm.cpu() for _, rows in made]).amax(0)
     norms = all_norms[drawn.places]
     expected: dict[str, Tensor] = {}
-    for half in drawn.halves():
+    for half in drawn.companies():
         few, theirs = take((inputs, targets), half.places)
         sums = plain.unit_sums(few, theirs, all_norms[half.places], half.signs)
         for name, grad in sums.items():

@@ -105,6 +105,12 @@ def require_examples_first(outputs: Nest, n: int) -> None:
             f"the network returned {type(outputs).__name__}, expected a tensor with N first (for"
             " cross_entropy, logits), or a tuple, a dict or a dataclass of such"
         )
+    odd = next((t for t in found if t.layout != torch.strided), None)
+    if odd is not None:
+        raise ModelError(
+            f"the network returned a tensor of layout {odd.layout}: expected dense ones;"
+            " t.to_dense() in the network makes them"
+        )
     if isinstance(outputs, Tensor) and (outputs.dim() == 0 or len(outputs) != n):
         raise ModelError(
             f"the network returned shape {tuple(outputs.shape)} for {n} examples, expected N first"

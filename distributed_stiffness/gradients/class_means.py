@@ -16,6 +16,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from distributed_stiffness.errors import ModelError
+from distributed_stiffness.gradients.batch_check import CHECKED_SHARE
 from distributed_stiffness.gradients.batches import (
     Examples,
     Nest,
@@ -87,6 +88,7 @@ def class_cosine_matrix(
     gradients = _checked(model, loss, first, parameters)
     room = memory or free_memory()
     size = max(1, min(256, room // (32 * gradients.n_parameters)))
+    gradients.checked_share = 1.0  # of the first batch all, of later ones a part
     sums: dict[int, Tensor] = {}
     counts: Counter[int] = Counter()
     of = _Labels(labels)
@@ -95,6 +97,7 @@ def class_cosine_matrix(
             part = take((inputs, targets), rows)
             classes = of.take(part[1], count_examples(part[0]))
             units = _unit_vectors(gradients, *part)
+            gradients.checked_share = CHECKED_SHARE
             has_gradient = units.any(1)
             for label in torch.unique(classes).tolist():
                 is_in = classes == label

@@ -182,21 +182,19 @@ def refuse_bound(
     numbers, examples = rows
     others, _ = columns or rows
     one = take(examples, slice(bound.row, bound.row + 1))
-    pair = f"example {numbers[bound.row]}"
+    differs = f"example {numbers[bound.row]} differs"
     if what == "a cosine":
-        pair = f"examples {numbers[bound.row]} and {others[bound.column]}"
+        differs = f"examples {numbers[bound.row]} and {others[bound.column]} differ"
     raise GradientError(
         f"the error bound of {what} is {bound.bound:.2g}, above the {allowed:g} that is allowed: of"
-        f" {n_sample} examples that were computed again one at a time in float64, {pair} differ"
-        f" most (here {bound.found:.5g}, there {bound.true:.5g}){_where(gradients, one)}. Try"
-        " precision='float64'; a loss of (outputs, targets) in place of a WholeLoss; or a smaller"
-        " batch by less memory. With allow_error=True (--allow-error) the numbers are given all the"
-        " same"
+        f" {n_sample} examples that were computed again one at a time in float64, {differs}"
+        f" most (here {bound.found:.5g}, there {bound.true:.5g}){_where(gradients, one)}. With"
+        " allow_error=True (--allow-error) the numbers are given all the same"
     )
 
 
 def _where(gradients: PerExampleGradients, one: tuple[Nest, Nest]) -> str:
-    """Say which parameter's gradient of an example is off, if it is when it is alone."""
+    """Say which parameter's gradient of an example is off when it is alone, and what to try."""
     everyone = torch.zeros(1, dtype=torch.int64, device="cpu")
     (found,), (true,) = (some.unit_of(*one, everyone) for some in (gradients, gradients.in_float64))
     sizes: Mapping[str, float] = {
@@ -205,6 +203,13 @@ def _where(gradients: PerExampleGradients, one: tuple[Nest, Nest]) -> str:
     }
     name = max(sizes, key=sizes.__getitem__)
     if not sizes[name] > 1e-4:
-        return "; alone that example's gradient is right, so that it is its company that moves it"
+        return (
+            "; alone that example's gradient is right, so that it is its company that moves it: the"
+            " examples depend on each other, or rounding depends on their number (try"
+            " precision='float64')"
+        )
     module = name.rpartition(".")[0] or "the network"
-    return f"; most of it lies in {name!r} (in {module})"
+    return (
+        f"; most of it lies in {name!r} (in {module}). Try precision='float64', or a loss of"
+        " (outputs, targets) in place of a WholeLoss"
+    )

@@ -108,7 +108,9 @@ def find_owners(grad_RF: Tensor, multiplied: Sequence[Tensor], n: int) -> Owners
         multiplied: the same, with each example's part times its number in `multiples`.
         n: examples.
     """
-    size = grad_RF.abs().amax(1) if grad_RF.numel() else grad_RF.new_zeros(len(grad_RF))
+    if not grad_RF.numel():  # no rows, or rows of no numbers
+        return Owners(torch.full((len(grad_RF),), -1, device="cpu"), is_mixed=False)
+    size = grad_RF.abs().amax(1)
     unit = grad_RF / torch.where(size > 0, size, 1.0).unsqueeze(1)
     owner = torch.zeros(len(size), dtype=torch.int64, device=size.device)
     is_good, square = size > 0, unit.square().sum(1).clamp(min=1e-30)
@@ -122,7 +124,7 @@ def find_owners(grad_RF: Tensor, multiplied: Sequence[Tensor], n: int) -> Owners
         is_good &= (digit >= 0) & (digit < _DIGITS)
         owner += digit * _DIGITS**place
     is_good &= owner < n
-    largest = float(size.max()) if len(size) else 0.0
+    largest = float(size.max())
     is_mixed = bool((~is_good & (size > _NEGLIGIBLE * largest)).any())
     return Owners(torch.where(is_good, owner, -1).cpu(), is_mixed)
 

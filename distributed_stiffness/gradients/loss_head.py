@@ -253,7 +253,10 @@ def losses_of(
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
     }
     if not z:
-        raise ModelError("the network returned no tensor of floating-point numbers")
+        raise ModelError(
+            "the network returned no tensor of real floating-point numbers: of complex ones take"
+            " .abs(), or torch.view_as_real, in the network"
+        )
     doubled = pytree.tree_unflatten([z.get(i, leaf) for i, leaf in enumerate(leaves)], structure)
     try:
         with torch.enable_grad(), NoLessThan(torch.float64, held):

@@ -32,7 +32,7 @@ from distributed_stiffness.importing.outline import (
 )
 from distributed_stiffness.paths import located
 
-# Names under which training scripts keep the weights beside other things, the first counts.
+# Names under which training scripts keep the weights beside other things.
 _NESTED = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights")
 _IN_FOLDER = (
     "model.safetensors",
@@ -305,8 +305,7 @@ def _best(found: Mapping[Keys, Mapping[Any, Any]], is_weight: Callable[[Any], bo
         return [()]
 
     def rank(keys: Keys) -> tuple[int, int]:
-        is_known = keys[-1] in _NESTED
-        return (_NESTED.index(keys[-1]), len(keys)) if is_known else (len(_NESTED), 0)
+        return (0, len(keys)) if keys[-1] in _NESTED else (1, 0)
 
     return [keys for keys in inner if rank(keys) == min(map(rank, inner))]
 

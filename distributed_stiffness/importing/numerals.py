@@ -13,7 +13,8 @@ from distributed_stiffness.errors import CheckpointError
 _EXPONENT = r"(?:[eE][-+]?[0-9]+)?"
 # As a regular expression: a learning rate, and a whole number.
 REAL = rf"(?:0,[0-9]+|[0-9]+\.?[0-9]*|\.[0-9]+){_EXPONENT}"
-WHOLE = r"(?:[1-9][0-9]{0,2}(?:[,'_][0-9]{3})+|[0-9]+)"
+_GROUPED = r"[1-9][0-9]{0,2}(?:[,'_][0-9]{3})+"
+WHOLE, WHOLE_OR_GROUPS = rf"(?:{_GROUPED}|[0-9]+)", rf"(?:[0-9]+|{_GROUPED})"
 # Before and after a number, where it is whole and not the end of 1e-3 or the beginning of 1.5.
 NOT_WITHIN = (r"(?<![0-9][eE])(?<![0-9][eE][-+])", r"(?![.,']?[0-9])(?![eE][-+]?[0-9])")
 
@@ -25,10 +26,17 @@ _DATE = re.compile(r"(?:19|20)[0-9]{2}([-_.])[0-9]{2}\1[0-9]{2}(?![0-9])")
 _HASH = re.compile(r"(?=[0-9a-f]*[a-f])[0-9a-f]{6,}(?![A-Za-z0-9])")
 # In front of a word these make it the name of another quantity: warmup_steps=100, min_lr=0.
 _OTHER_QUANTITY = re.compile(
-    r"(?:warm_?up|max|min|num|n|no|total|final|end|decay|scheduler|lr|save|eval|log|logging|per"
-    r"|every|accum|accumulation|patience)[_-]?$",
+    r"(?<![A-Za-z])(?:warm_?up|max|min|num|n|no|total|final|end|decay|scheduler|lr|save|eval|log"
+    r"|logging|per|every|accum|accumulation|patience|val|valid|validation|test|prev|previous|next"
+    r"|micro|mini|mini_?batch|batch|head|encoder|decoder|backbone|data|split|shuffle)[_-]?$",
     re.IGNORECASE,
 )
+# A learning rate after this word is that of a schedule by steps.
+_SCHEDULE = re.compile(r"(?<![A-Za-z])step[_-]?$", re.IGNORECASE)
+_DAY = re.compile(r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])(?![0-9])")
+# Another number of the same kind, after a sign that might join or part the two.
+_SECOND_WHOLE = re.compile(r"[_ -](?!(?:19|20)[0-9]{6}(?![0-9]))[0-9]+(?![A-Za-z0-9]|[.,][0-9])")
+_SECOND_RATE = re.compile(r"[_ -][0-9]*(?:[.,][0-9]+|[0-9]\.?[eE][-+]?[0-9])")
 
 
 def real(text: str) -> float | None:
@@ -85,9 +93,11 @@ def after(words: str, path: str, *, is_rate: bool, field: str) -> Iterator[str]:
             continue
         whole_token = text + _rest(rest)
         expected = "a number such as 0.001" if is_rate else "a whole number"
-        if between.endswith("-") and set(between) & set("=:(["):
+        is_negative = between.endswith("-") and (len(between) > 1 or (is_rate and text.isdigit()))
+        if is_negative or set(between) & set("−–"):
             raise CheckpointError(_unclear(path, field, f"'-{text}'", f"expected {expected}"))
-        if is_glued or _OTHER_QUANTITY.search(before):
+        is_other = is_glued or _OTHER_QUANTITY.search(before)
+        if is_other or (is_rate and _SCHEDULE.search(before)):
             raise CheckpointError(
                 f"{path} has {_word_before(before)}{path[match.start() : number.end()]}, which may"
                 f" be another quantity than the {field}: say where the {field} is with --pattern,"
@@ -98,8 +108,16 @@ def after(words: str, path: str, *, is_rate: bool, field: str) -> Iterator[str]:
         if groups and not is_rate:
             both = f"may be {text} or {text}{re.sub('[_ ]', '', groups[0])}"
             raise CheckpointError(_unclear(path, field, f"'{text}{groups[0]}'", both))
-        goes_on = r"[A-Za-z]|[.,'][0-9]" + (r"|[-_ ][0-9]" if is_rate and text.isdigit() else "")
-        if value is None or re.match(goes_on, rest):
+        goes_on = r"[A-Za-z]|[.,'][0-9]|[\^%*]|;[0-9]|[.,'][eE]"
+        goes_on += r"|[-_ ][0-9]" if is_rate and text.isdigit() else ""
+        second = _SECOND_RATE if is_rate else _SECOND_WHOLE
+        odd = (
+            (is_rate and re.fullmatch("0[0-9]+", text))
+            or (not is_rate and _DAY.fullmatch(text))
+            or (not rest[:1].isascii() and rest[:1].isnumeric())
+            or second.match(rest)
+        )
+        if value is None or odd or re.match(goes_on, rest):
             raise CheckpointError(_unclear(path, field, f"'{whole_token}'", f"expected {expected}"))
         if is_rate and value == 0:
             raise CheckpointError(

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from distributed_stiffness.errors import CheckpointError
-from distributed_stiffness.importing.numerals import NOT_WITHIN, REAL, WHOLE, after, real, whole
+from distributed_stiffness.importing.numerals import (
+    NOT_WITHIN,
+    REAL,
+    WHOLE,
+    WHOLE_OR_GROUPS,
+    after,
+    real,
+    whole,
+)
 from distributed_stiffness.study import NOT_GIVEN, rate_in_words
 
 FIELDS = ("learning_rate", "seed", "iteration")
@@ -155,10 +163,16 @@ def _read_by_words(paths: Sequence[str]) -> list[tuple[str, Place]]:
 
 
 def _read_by_pattern(paths: Sequence[str], pattern: str) -> list[tuple[str, Place]]:
-    expression, fields = _expression(pattern)
+    expression, fields = _expression(pattern, WHOLE)
+    other, _ = _expression(pattern, WHOLE_OR_GROUPS)
     found = []
     for path in paths:
-        match = expression.search(path.rstrip("/"))
+        match, otherwise = (e.search(path.rstrip("/")) for e in (expression, other))
+        if match and otherwise and match.groups() != otherwise.groups():
+            raise CheckpointError(
+                f"{path} fits --pattern {pattern!r} with {' and '.join(match.groups())}, or with"
+                f" {' and '.join(otherwise.groups())}: give a --table"
+            )
         if match is None:
             raise CheckpointError(
                 f"{path} does not end like --pattern {pattern!r}, with numbers in the braces and"
@@ -168,8 +182,8 @@ def _read_by_pattern(paths: Sequence[str], pattern: str) -> list[tuple[str, Plac
     return found
 
 
-def _expression(pattern: str) -> tuple[re.Pattern[str], list[str]]:
-    """Translate 'lr{learning_rate}/*/step-{iteration}'."""
+def _expression(pattern: str, whole_number: str) -> tuple[re.Pattern[str], list[str]]:
+    """Translate 'lr{learning_rate}/*/step-{iteration}'; whole numbers are read as such."""
     if "}{" in pattern:
         raise CheckpointError(f"--pattern {pattern!r} has two numbers with nothing between them")
     parts, fields, after_star = [], [], False
@@ -179,9 +193,9 @@ def _expression(pattern: str) -> tuple[re.Pattern[str], list[str]]:
             after_star = literal.endswith("*")
         elif field in _FIELD_OF:
             fields.append(_FIELD_OF[field])
-            number = REAL if fields[-1] == "learning_rate" else WHOLE
+            number = REAL if fields[-1] == "learning_rate" else whole_number
             # A * before it takes no part of the number.
-            begins = NOT_WITHIN[0] + (r"(?<![0-9.,])" if after_star else "")
+            begins = NOT_WITHIN[0] + (r"(?<![0-9.,^])(?<!\^-)" if after_star else "")
             parts.append(f"{begins}({number}){NOT_WITHIN[1]}")
         else:
             raise CheckpointError(
@@ -213,6 +227,11 @@ def place_of(given: Sequence[tuple[str, str]], where: str) -> Place:
             kind = "a number such as 0.001" if is_rate else "a whole number"
             raise CheckpointError(
                 f"{where} has {text!r} for the {_words(field)}: expected {kind}, 0 or more"
+            )
+        if is_rate and number == NOT_GIVEN:
+            raise CheckpointError(
+                f"{where} has a learning rate of {text}, which stands for 'not given': leave it"
+                " out, or give the rate"
             )
         values[field] = number
     return Place(**values)

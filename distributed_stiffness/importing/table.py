@@ -13,7 +13,7 @@ import fsspec
 import numpy as np
 
 from distributed_stiffness.errors import CheckpointError
-from distributed_stiffness.importing.places import Files, distinct, field_of, place_of
+from distributed_stiffness.importing.places import FIELDS, Files, distinct, field_of, place_of
 from distributed_stiffness.paths import Location, as_written, is_url, located
 
 Row = Mapping[str, Any]
@@ -59,7 +59,7 @@ def from_table(table: Table) -> Files:
         folder = os.path.dirname(as_written(table, file))  # noqa: PTH120 (or a URL)
     else:
         rows = _rows(table)
-    found = []
+    found, given_at = [], {}
     for number, row in enumerate(rows, 1):
         if all(_is_missing(value) for value in row.values()):
             continue  # a spreadsheet's last rows
@@ -73,9 +73,18 @@ def from_table(table: Table) -> Files:
             for name, value in row.items()
             if (field := field_of(_plain(name))) and not _is_missing(value)
         ]
+        given_at[at] = {field for field, _ in given}
         found.append((_there(path, folder, at), place_of(given, at)))
     if not found:
         raise CheckpointError(f"{where} has no rows: {_EXPECTED}")
+    for field in FIELDS:
+        without = [at for at, those in given_at.items() if field not in those]
+        # 0 stands for what is not given, so that a gap beside it says the same.
+        if without and any(getattr(place, field) for _, place in found):
+            raise CheckpointError(
+                f"{without[0]} has no {field.replace('_', ' ')}, and others have one: give it, or"
+                " leave the column out"
+            )
     return distinct(found, "each row needs its own learning rate, seed or iteration")
 
 
@@ -182,10 +191,13 @@ def _read(file: str, where: str) -> list[Row]:
     header = [name.strip() for name in cells[0]]
     _require_columns(header, where)
     for number, row in enumerate(cells[1:], 1):
-        if any(cell.strip() for cell in row[len(header) :]):
+        is_blank = not any(cell.strip() for cell in row)
+        is_short = len(row) < len(header) and not is_blank
+        if is_short or any(cell.strip() for cell in row[len(header) :]):
             raise CheckpointError(
                 f"row {number} of {where} has {len(row)} cells, its header {len(header)}: put a"
-                " number with a decimal comma in quotes, or write it with a point"
+                " number with a decimal comma in quotes, or write it with a point, and leave a cell"
+                " empty where nothing is known"
             )
     return [
         {name: cell.strip() for name, cell in zip(header, row, strict=False) if name}

@@ -326,7 +326,9 @@ def _kinds(inside: Mapping[str, Any], expected: Mapping[str, Any], path: str) ->
         if not (isinstance(given, Tensor) and isinstance(own, Tensor)) or given.dtype == own.dtype:
             continue
         kinds.add(f"{_kind(given)} read as {_kind(own)}")
-        loses = (given.is_complex() and not own.is_complex()) or (
+        is_quantised = _is_whole(given) and not _is_whole(own) and own.dtype != torch.bool
+        loses = (given.is_complex() and not own.is_complex()) or is_quantised
+        loses |= (
             given.is_floating_point()
             and not (own.is_floating_point() or own.is_complex())
             and not torch.equal(given, given.trunc())
@@ -337,6 +339,11 @@ def _kinds(inside: Mapping[str, Any], expected: Mapping[str, Any], path: str) ->
                 f" {_kind(own)}. Give the --model that it was trained as"
             )
     return ", ".join(sorted(kinds))
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    is_real = tensor.is_floating_point() or tensor.is_complex()
+    return not is_real and tensor.dtype != torch.bool
 
 
 def _kind(tensor: Tensor) -> str:

@@ -15,18 +15,20 @@ from distributed_stiffness.data.preprocessing import AsGiven
 from distributed_stiffness.data.selection import StudyData, select
 from distributed_stiffness.errors import ModelError
 from distributed_stiffness.gradients.batches import Examples, pair
-from distributed_stiffness.study import Data
+from distributed_stiffness.study import Data, build_study
 
 IN_MEMORY = "a sample in memory"
 
 
 def described(sample: Examples | str, examples: int | None) -> Data:
     """Return how a study names the sample."""
-    return Data(
-        name=sample if isinstance(sample, str) else IN_MEMORY,
-        validation_examples=examples,
-        standardise=False,
-        unit_norm=False,
+    return build_study(
+        lambda: Data(
+            name=sample if isinstance(sample, str) else IN_MEMORY,
+            validation_examples=examples,
+            standardise=False,
+            unit_norm=False,
+        )
     )
 
 

@@ -159,11 +159,9 @@ def watch(
         StiffnessError: the network, the loss or the sample do not fit, before any step; or the
             store is another training's.
     """
-    if isinstance(every, np.integer):
-        every = int(every)
-    if not isinstance(every, int):
+    if isinstance(every, Collection) and getattr(every, "ndim", True):
         every = frozenset(map(_whole_number, every))
-    elif every < 1:
+    elif (every := _whole_number(every)) < 1:
         raise StudyError(f"every is {every}: expected 1 step or more, or a collection of steps")
     if budget is not None and not 0 < budget < 1:
         raise StudyError(f"budget is {budget}: expected a share of the time in (0, 1), or None")
@@ -173,7 +171,7 @@ def watch(
         "model": {"name": model_name or type(network).__name__},
         "training": {
             "imported": True,  # nobody here trains it
-            "learning_rates": [learning_rate],
+            "learning_rates": [_rate(learning_rate)],
             "seeds": [seed],
             "iterations": [0],
         },
@@ -216,6 +214,7 @@ class Watch:
         self._store: Store | None = None
         self._done: tuple[int, ...] = ()  # iterations whose numbers are all in the store
         self._measured = self._left_out = 0
+        self._begun_again = False  # steps that are counted anew are those of no training
 
     def __enter__(self) -> Self:
         """Look at network, loss and sample, and at what an earlier run has left."""
@@ -380,6 +379,12 @@ class Watch:
         if iteration in self._done and hashes.get(place) == sha256:
             return False
         kept = tuple(step for step in self._done if step < iteration)
+        self._begun_again |= bool(self._measured and not kept)
+        if self._begun_again:
+            raise StoreError(
+                f"the steps have begun again, at {iteration:,} after {self._done[-1]:,}: count them"
+                " over all epochs. Nothing more is measured; what was, is kept"
+            )
         if len(kept) < len(self._done):
             self._go_back(kept, iteration)
         study = self._of((*kept, iteration))
@@ -519,6 +524,17 @@ def _whole_number(step: Any) -> int:
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
     raise StudyError(f"the step is {step!r}: expected a whole number of steps done, 0 or more")
+
+
+def _rate(learning_rate: Any) -> float:
+    """Return a learning rate of whatever kind as it is written: 0.001 of float32, and not more."""
+    value = learning_rate.numpy() if isinstance(learning_rate, torch.Tensor) else learning_rate
+    try:
+        return float(str(value))
+    except ValueError as error:
+        raise StudyError(
+            f"the learning rate is {learning_rate!r}: expected a number such as 0.001"
+        ) from error
 
 
 def _name_of_loss(loss: Loss) -> str:

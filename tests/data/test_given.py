@@ -78,9 +78,20 @@ class TestClassNames:
 
         assert found.class_names == tuple(f"class {k}" for k in range(11))
 
+    def test_folders_called_by_numbers(self) -> None:
+        """
+        Their class_to_idx: whole numbers are labels, and text is names.
+        """
+        names = {name: label for label, name in enumerate(["0", "10", "2"])}
+        found = labelled({"validation": (X, Y), "class_names": names}, "mine:load")
+
+        assert found.class_names == ("0", "10", "2")
+
     @pytest.mark.parametrize(
         ("names", "said"),
         [
+            ({0: 2, 1: 0, 2: 1}, "may be names by label or labels by name"),
+            (["a\0", "a", "b"], "with a character of code 0"),
             ({"cat", "dog", "eel"}, "a set has no order"),
             (frozenset(["a", "b", "c"]), "a set has no order"),
             ("abc", r"class_names of mine:load is 'abc' \(it is one value\): expected a list"),

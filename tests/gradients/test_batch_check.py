@@ -157,6 +157,60 @@ class TestBrokenIndependence:
             cosine_matrix(net, "cross_entropy", (x, LABELS), check=False)
 
 
+class Guarded(nn.Module):
+    """A second layer runs for all if any example asks for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.l = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        if (x[:, 0] > 1).any():
+            h = torch.tanh(self.b(h))
+        return self.l(h)
+
+
+class Replaced(nn.Module):
+    """Outliers are replaced by the mean of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.l = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        return self.l(torch.where(x[:, :1] > 5, h.mean(0), h))
+
+
+class TestCompany:
+    @pytest.mark.parametrize("network", [Guarded, Replaced])
+    @public
+    def test_a_path_or_a_value_that_others_decide(self, function, network):
+        """Examples alone and a few together are company that half a batch is not."""
+        x = torch.randn(N, 6).clamp(max=1.5)
+        x[[20, 70], 0] = 6.0
+        with pytest.raises(GradientError, match="the examples depend on each other"):
+            function(network().eval(), "cross_entropy", (x, LABELS))
+
+    def test_a_layer_of_no_width(self):
+        """As adaptive softmax makes for rare classes: it has no numbers, and hides none."""
+
+        class Split(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.z, self.l = nn.Linear(6, 5), nn.Linear(6, 0), nn.Linear(5, 3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.l(torch.cat([self.a(x), self.z(x)], 1).tanh())
+
+        net, x = Split().eval(), vectors()
+        found = cosine_matrix(net, "cross_entropy", (x, LABELS))
+        kept = ["a.*", "l.*"]
+        alone = cosine_matrix(net, "cross_entropy", (x, LABELS), parameters=kept)
+        assert abs(found - alone).max() < 1e-6
+
+
 class TestWhatItCosts:
     def test_is_said(self):
         """Explained before, as a share of the work; at most a twentieth of it."""

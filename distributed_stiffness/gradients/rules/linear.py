@@ -54,7 +54,7 @@ class Linear(Rule):
 
     def making_work(self, role: str, call: Call, output: Sequence[int]) -> int:
         """T·p·d an example for the weight."""
-        each = 1 if role == "bias" else call.parameters["weight"].numel() // int(output[-1])
+        each = 1 if role == "bias" else call.parameters["weight"].numel() // max(1, output[-1])
         return math.prod(output) * each
 
 
