@@ -320,3 +320,12 @@ def test_a_checkpoint_is_no_store() -> None:
     """
     with pytest.raises(CheckpointError, match="a checkpoint is 5"):
         located(5, "a checkpoint", CheckpointError)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("place", ["zip://here/s.zarr", "https://example.org/s.zarr"])
+def test_places_that_are_read_as_a_whole(place: str) -> None:
+    """
+    No store is written there, and none is begun.
+    """
+    with pytest.raises(StoreError, match="chunks cannot be written side by side"):
+        Run(store=place).require_writable()

@@ -43,6 +43,9 @@ from distributed_stiffness.study import Study, rate_in_words
 from distributed_stiffness.tiling import default_tile_of_sums
 from distributed_stiffness.training import build_model
 
+# Places that are read as a whole, or not written at all.
+_NOT_WRITTEN = frozenset({"zip", "tar", "libarchive", "http", "https", "data", "git", "github"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -102,6 +105,11 @@ class Run:
             "checkpoints": (self.checkpoint_folder, "give another --checkpoints, or --store"),
         }
         for what, (place, remedy) in places.items():
+            if place.partition("://")[0] in _NOT_WRITTEN:
+                raise StoreError(
+                    f"{what} is {place}, where chunks cannot be written side by side: expected a"
+                    f" folder, or a bucket such as s3://name/path; {remedy}"
+                )
             if not is_url(place):
                 for folder in (Path(place), Path(place).parent):
                     require_writable(folder, what, remedy, StoreError)
