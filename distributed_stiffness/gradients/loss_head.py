@@ -61,6 +61,13 @@ class LossHead:
         return [found[i] for i in self.leaves]
 
 
+_IGNORED = (
+    ": leave examples out that have none, or give a loss that ignores them, such as lambda o, t:"
+    " torch.nn.functional.cross_entropy(o, t, ignore_index=-100, reduction='none'); their gradients"
+    " are 0"
+)
+
+
 def warn_of_own_precision(loss: Loss, precision: Precision, *, stacklevel: int) -> None:
     """Say what may go wrong where a loss is not differentiated in float64, and how to have it so.
 
@@ -213,6 +220,7 @@ def _cross_entropy(z_NC: Tensor, targets: Nest, leaf: int) -> LossHead:
         if not 0 <= label < z_NC.shape[1]:
             raise ModelError(
                 f"the network has {z_NC.shape[1]} outputs, but there is a label {label}"
+                + (_IGNORED if label < 0 else "")
             )
     y = targets.unsqueeze(1)
     # δ = p − e_y. Its direction needs only the ratios of the other classes' probabilities, which
