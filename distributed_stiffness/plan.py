@@ -138,7 +138,7 @@ class Plan:
     def described_checks(self) -> str:
         """Say what the check of every batch, and the sample, compare."""
         return (
-            f"{self.checked_share:.0%} of each batch compared with plain autograd"
+            f"{100 * self.checked_share:.2g}% of each batch compared with plain autograd"
             f" ({self.checked_work:.1%} of the work), a sample of"
             f" {min(self.sample, self.n_examples)} with float64"
         )

@@ -212,13 +212,14 @@ class TestNames:
             ("{seed}*{step}", "12.pt"),
             ("{seed}{step}", "12.pt"),
             ("*{lr}/{step}", "10^-3/5.pt"),
+            ("*_{step}", "step_100_000.pt"),
         ],
     )
     def test_a_pattern_takes_no_part_of_a_number(self, pattern: str, path: str) -> None:
         """
         It does not fit, rather.
         """
-        with pytest.raises(CheckpointError, match=r"does not end like|nothing between"):
+        with pytest.raises(CheckpointError, match=r"does not end like|nothing between|or with"):
             placed([path], pattern)
 
     def test_a_pattern_that_fits_in_two_ways(self) -> None:
@@ -230,7 +231,12 @@ class TestNames:
         assert placed(["m_1_500.pt"], "m_{seed}_{step}") == {Place(0.0, 1, 500): "m_1_500.pt"}
 
     @pytest.mark.parametrize(
-        "name", ["run_step5.pt", "train_step5.pt", "step_5_20240105.pt", "epoch_5_0.93.pt"]
+        "name",
+        [
+            *("run_step5.pt", "train_step5.pt", "step_5_20240105.pt", "epoch_5_0.93.pt"),
+            *("step_5.ema.pt", "encoder_epoch_5.pth", "step5-2024-01-01_12-30.pt"),
+            *("step=5-00001-of-00002.safetensors", "step_5_1700000000.pt"),
+        ],
     )
     def test_what_stands_beside_a_number(self, name: str) -> None:
         """
@@ -414,7 +420,7 @@ class TestTables:
             (b"a.pt,0.1\n", "has no column path, but a.pt, 0.1"),
             (b'[{"path": "a.pt"}]', "has no column path"),
             (b"path,lr,seed\na.pt,0,001,3\n", r"row 1 of t\.csv has 4 cells, its header 3.*comma"),
-            (b"path,lr,seed\na.pt,0.1\n", r"row 1 of t\.csv has 2 cells, its header 3"),
+            (b"path,lr,seed\na.pt,0.1\n", r"row 1 of t\.csv has 2 cells.*it has no seed"),
             (b"path,lr,seed\na.pt,0,001\n", "a learning rate of 0, which stands for 'not given'"),
             (b"path,step\na.pt,5\na.pt,\n", "row 2 of t.csv has no iteration, and others have one"),
             (b"path,lr,lr\na.pt,1,2\n", "has the column lr twice"),

@@ -486,22 +486,23 @@ class TestTheBudget:
         assert (opened().iteration.values % 5 == 0).all()
         assert opened().learning_rate.item() == 1e-3
 
-    def test_steps_that_begin_again_with_every_epoch(self):
+    @pytest.mark.parametrize("steps", [(0, 1, 2), (1, 2, 3)])
+    def test_steps_that_begin_again_with_every_epoch(self, steps):
         """
         What was measured is kept, and nothing of another epoch is put beside it.
         """
         model = network()
         with watched(model, every=1) as stiffness:
-            for step in range(3):
+            for step in (0, *steps)[steps[0] == 0 :]:
                 stiffness.step(step)
                 with torch.no_grad():
                     next(model.parameters()).mul_(1.1)
             before = opened().cosine.values
-            for step in (0, 1, 2, 3):
+            for step in (*steps, steps[-1] + 1):
                 with pytest.warns(UserWarning, match="count them over all epochs"):
                     assert stiffness.step(step) is None
 
-        assert opened().iteration.values.tolist() == [0, 1, 2]
+        assert opened().iteration.values.tolist() == list(range(steps[-1] + 1))
         assert (opened().cosine.values == before).all()
 
 
@@ -510,7 +511,7 @@ class TestMistakes:
         ("choices", "kind", "said"),
         [
             ({"every": 0}, StudyError, "every is 0: expected 1 step"),
-            ({"every": "often"}, StudyError, "the step is 'o': expected a whole number"),
+            ({"every": "often"}, StudyError, "the step is 'often': expected a whole number"),
             ({"examples": 0.5}, StudyError, "validation_examples"),
             ({"learning_rate": "slow"}, StudyError, "the learning rate is 'slow'"),
             ({"budget": 2}, StudyError, r"budget is 2: expected a share"),

@@ -43,11 +43,13 @@ def _by_label(given: Mapping[Any, Any], what: str) -> list[Any]:
         # Numbers on both sides: names are text, where labels are whole numbers.
         texts = [all(isinstance(name, str) for name in names) for names in (values, keys)]
         fitting = fitting[:1] if texts[0] else fitting[1:]
-        if not any(texts):
+        if texts[0] == texts[1]:
             raise DataError(
                 f"{what} is {_shown(dict(given))}, which may be names by label or labels by name:"
                 " give a list of names in the order of the labels"
             )
+    if not given:
+        raise DataError(f"{what} is an empty mapping: expected a name for each label")
     if not fitting:
         raise DataError(
             f"{what} is {_shown(dict(given))}: expected a name for each label from 0 on, such as"

@@ -105,7 +105,7 @@ class Run:
             "checkpoints": (self.checkpoint_folder, "give another --checkpoints, or --store"),
         }
         for what, (place, remedy) in places.items():
-            if place.partition("://")[0] in _NOT_WRITTEN:
+            if _NOT_WRITTEN & {part.partition("://")[0] for part in place.split("::")}:
                 raise StoreError(
                     f"{what} is {place}, where chunks cannot be written side by side: expected a"
                     f" folder, or a bucket such as s3://name/path; {remedy}"

@@ -264,7 +264,7 @@ class Replica:
         examples = self._examples(sample.examples)
         gradients = self._gradients_of(checkpoint)
         if 8 * gradients.n_parameters * len(sample.examples) > BLOCK_SHARE * self.plan.memory:
-            self._held.clear()  # the tiles of this checkpoint are done
+            self._held.clear()  # their room: rows of other checkpoints may be made again
         memory = self.plan.sample_memory
         true = gradients.in_float64.plain.cosines(*examples, memory=memory).numpy()
         found = bound_of(sample.cosines, true, symmetric=True)

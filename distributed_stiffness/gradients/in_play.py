@@ -53,8 +53,8 @@ def parameters_in_play(model: nn.Module, patterns: Sequence[str] | str | None) -
                     f"no trainable parameter matches {pattern!r}; there are: {', '.join(trainable)}"
                 )
         trainable = {name: trainable[name] for name in matching(list(trainable), patterns)}
-    if not trainable:
-        raise ModelError("the network has no parameter that requires a gradient")
+    if not any(p.numel() for p in trainable.values()):
+        raise ModelError("the network has no parameter that requires a gradient and has numbers")
     return trainable
 
 

@@ -227,13 +227,11 @@ class PerExampleGradients:
 
         def make(some: slice, room: Sequence[Rows] | None) -> list[Rows]:
             inputs, targets = read(some)
-            batch = self._current.generation, some.start, some.stop
+            key = self._current.generation, some.start, some.stop
+            share = 0.0 if key in before else max(self.checked_share, 1 / (some.stop - some.start))
             with full_float32():
-                share = (
-                    0.0 if batch in before else max(self.checked_share, 1 / len(range(*batch[1:])))
-                )
                 made, kinks = self._one_batch(inputs, targets, groups, room, share=share)
-            known.add(batch)
+            known.add(key)
             if kinks is not None:
                 doubts.append(Doubtful.of(kinks, inputs, targets, some.start - examples.start))
             return made

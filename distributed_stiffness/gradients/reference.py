@@ -155,8 +155,8 @@ class Reference:
             norms[i] *= size
             if self.same_direction is _log_odds:
                 norms[i] *= max(slopes[0].sigmoid().item(), sys.float_info.min)
-            if size > 0:  # a gradient that is there has a norm that says so
-                norms[i].clamp_(min=sys.float_info.min)
+            if size > 0:  # a gradient that is there has a norm that is not 0
+                norms[i].clamp_(min=math.ulp(0.0))
         return rows, norms
 
     def unit_sum(self, inputs: Nest, targets: Nest, norms: Tensor) -> Tensor:

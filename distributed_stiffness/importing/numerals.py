@@ -27,16 +27,23 @@ _HASH = re.compile(r"(?=[0-9a-f]*[a-f])[0-9a-f]{6,}(?![A-Za-z0-9])")
 # In front of a word these make it the name of another quantity: warmup_steps=100, min_lr=0.
 _OTHER_QUANTITY = re.compile(
     r"(?<![A-Za-z])(?:warm_?up|max|min|num|n|no|total|final|end|decay|scheduler|lr|save|eval|log"
-    r"|logging|per|every|accum|accumulation|patience|val|valid|validation|test|prev|previous|next"
-    r"|micro|mini|mini_?batch|batch|head|encoder|decoder|backbone|data|split|shuffle)[_-]?$",
+    r"|logging|per|every|accum|accumulation|patience|val|valid|validation|prev|previous|next|micro"
+    r"|mini|mini_?batch|batch)[_-]?$",
     re.IGNORECASE,
 )
-# A learning rate after this word is that of a schedule by steps.
-_SCHEDULE = re.compile(r"(?<![A-Za-z])step[_-]?$", re.IGNORECASE)
+# And these before a learning rate, that of a part or of a schedule by steps; or before a seed.
+_OTHER_RATE = re.compile(r"(?<![A-Za-z])(?:step|head|encoder|decoder|backbone)[_-]?$", re.I)
+_OTHER_SEED = re.compile(r"(?<![A-Za-z])(?:data|split|shuffle)[_-]?$", re.I)
 _DAY = re.compile(r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])(?![0-9])")
-# Another number of the same kind, after a sign that might join or part the two.
-_SECOND_WHOLE = re.compile(r"[_ -](?!(?:19|20)[0-9]{6}(?![0-9]))[0-9]+(?![A-Za-z0-9]|[.,][0-9])")
-_SECOND_RATE = re.compile(r"[_ -][0-9]*(?:[.,][0-9]+|[0-9]\.?[eE][-+]?[0-9])")
+# Another number of the same kind, after a sign that might join or part the two; no day or time, and
+# no shard of several.
+_SECOND_WHOLE = re.compile(
+    r"[_ -](?!(?:19|20)[0-9]{6}(?![0-9])|(?:19|20)[0-9]{2}[-_.][0-9]{2}[-_.][0-9]{2}|[0-9]{10}"
+    r"|[0-9]+-of-)[0-9]+(?![A-Za-z0-9]|[.,][0-9])"
+)
+_SECOND_RATE = re.compile(
+    r"[_ -](?!(?:19|20)[0-9]{2}[-_.])[0-9]*(?:[.,][0-9]+|[0-9]\.?[eE][-+]?[0-9]+(?![A-Za-z0-9]))"
+)
 
 
 def real(text: str) -> float | None:
@@ -96,8 +103,9 @@ def after(words: str, path: str, *, is_rate: bool, field: str) -> Iterator[str]:
         is_negative = between.endswith("-") and (len(between) > 1 or (is_rate and text.isdigit()))
         if is_negative or set(between) & set("−–"):
             raise CheckpointError(_unclear(path, field, f"'-{text}'", f"expected {expected}"))
-        is_other = is_glued or _OTHER_QUANTITY.search(before)
-        if is_other or (is_rate and _SCHEDULE.search(before)):
+        others = [_OTHER_QUANTITY, *([_OTHER_RATE] if is_rate else [])]
+        others += [_OTHER_SEED] if words == "seed" else []
+        if is_glued or any(other.search(before) for other in others):
             raise CheckpointError(
                 f"{path} has {_word_before(before)}{path[match.start() : number.end()]}, which may"
                 f" be another quantity than the {field}: say where the {field} is with --pattern,"
@@ -108,12 +116,12 @@ def after(words: str, path: str, *, is_rate: bool, field: str) -> Iterator[str]:
         if groups and not is_rate:
             both = f"may be {text} or {text}{re.sub('[_ ]', '', groups[0])}"
             raise CheckpointError(_unclear(path, field, f"'{text}{groups[0]}'", both))
-        goes_on = r"[A-Za-z]|[.,'][0-9]|[\^%*]|;[0-9]|[.,'][eE]"
+        goes_on = r"[A-Za-z]|[.,'][0-9]|[\^%*]|;[0-9]|[.,'][eE][-+]?[0-9]"
         goes_on += r"|[-_ ][0-9]" if is_rate and text.isdigit() else ""
         second = _SECOND_RATE if is_rate else _SECOND_WHOLE
         odd = (
             (is_rate and re.fullmatch("0[0-9]+", text))
-            or (not is_rate and _DAY.fullmatch(text))
+            or (words != "seed" and not is_rate and _DAY.fullmatch(text))
             or (not rest[:1].isascii() and rest[:1].isnumeric())
             or second.match(rest)
         )

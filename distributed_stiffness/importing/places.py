@@ -164,15 +164,17 @@ def _read_by_words(paths: Sequence[str]) -> list[tuple[str, Place]]:
 
 def _read_by_pattern(paths: Sequence[str], pattern: str) -> list[tuple[str, Place]]:
     expression, fields = _expression(pattern, WHOLE)
-    other, _ = _expression(pattern, WHOLE_OR_GROUPS)
+    # A number may end before the next sign, and a * take less.
+    others = [_expression(pattern, WHOLE_OR_GROUPS), _expression(pattern, WHOLE, "[^/]*?")]
     found = []
     for path in paths:
-        match, otherwise = (e.search(path.rstrip("/")) for e in (expression, other))
-        if match and otherwise and match.groups() != otherwise.groups():
-            raise CheckpointError(
-                f"{path} fits --pattern {pattern!r} with {' and '.join(match.groups())}, or with"
-                f" {' and '.join(otherwise.groups())}: give a --table"
-            )
+        match, *readings = (e.search(path.rstrip("/")) for e, _ in ((expression, fields), *others))
+        for otherwise in readings:
+            if match and otherwise and match.groups() != otherwise.groups():
+                raise CheckpointError(
+                    f"{path} fits --pattern {pattern!r} with {' and '.join(match.groups())}, or"
+                    f" with {' and '.join(otherwise.groups())}: give a --table"
+                )
         if match is None:
             raise CheckpointError(
                 f"{path} does not end like --pattern {pattern!r}, with numbers in the braces and"
@@ -182,14 +184,16 @@ def _read_by_pattern(paths: Sequence[str], pattern: str) -> list[tuple[str, Plac
     return found
 
 
-def _expression(pattern: str, whole_number: str) -> tuple[re.Pattern[str], list[str]]:
-    """Translate 'lr{learning_rate}/*/step-{iteration}'; whole numbers are read as such."""
+def _expression(
+    pattern: str, whole_number: str, star: str = "[^/]*"
+) -> tuple[re.Pattern[str], list[str]]:
+    """Translate 'lr{learning_rate}/*/step-{iteration}', with what a number and a * stand for."""
     if "}{" in pattern:
         raise CheckpointError(f"--pattern {pattern!r} has two numbers with nothing between them")
     parts, fields, after_star = [], [], False
     for literal, field in re.findall(r"([^{}]+)|\{([^{}]*)\}", pattern):
         if literal:
-            parts.append(re.escape(literal).replace(r"\*", "[^/]*"))
+            parts.append(re.escape(literal).replace(r"\*", star))
             after_star = literal.endswith("*")
         elif field in _FIELD_OF:
             fields.append(_FIELD_OF[field])

@@ -191,13 +191,16 @@ def _read(file: str, where: str) -> list[Row]:
     header = [name.strip() for name in cells[0]]
     _require_columns(header, where)
     for number, row in enumerate(cells[1:], 1):
-        is_blank = not any(cell.strip() for cell in row)
-        is_short = len(row) < len(header) and not is_blank
-        if is_short or any(cell.strip() for cell in row[len(header) :]):
+        lacking = [name for name in header[len(row) :] if field_of(_plain(name))]
+        if lacking and any(cell.strip() for cell in row):
+            raise CheckpointError(
+                f"row {number} of {where} has {len(row)} cells, its header {len(header)}, so that"
+                f" it has no {lacking[0]}: leave its cell empty where nothing is known"
+            )
+        if any(cell.strip() for cell in row[len(header) :]):
             raise CheckpointError(
                 f"row {number} of {where} has {len(row)} cells, its header {len(header)}: put a"
-                " number with a decimal comma in quotes, or write it with a point, and leave a cell"
-                " empty where nothing is known"
+                " number with a decimal comma in quotes, or write it with a point"
             )
     return [
         {name: cell.strip() for name, cell in zip(header, row, strict=False) if name}

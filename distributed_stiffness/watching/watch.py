@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
@@ -159,9 +159,10 @@ def watch(
         StiffnessError: the network, the loss or the sample do not fit, before any step; or the
             store is another training's.
     """
-    if isinstance(every, Collection) and getattr(every, "ndim", True):
-        every = frozenset(map(_whole_number, every))
-    elif (every := _whole_number(every)) < 1:
+    due: Any = every
+    if isinstance(due, Iterable) and not isinstance(due, str) and getattr(due, "ndim", True):
+        every = frozenset(map(_whole_number, due))
+    elif (every := _whole_number(due)) < 1:
         raise StudyError(f"every is {every}: expected 1 step or more, or a collection of steps")
     if budget is not None and not 0 < budget < 1:
         raise StudyError(f"budget is {budget}: expected a share of the time in (0, 1), or None")
@@ -214,6 +215,7 @@ class Watch:
         self._store: Store | None = None
         self._done: tuple[int, ...] = ()  # iterations whose numbers are all in the store
         self._measured = self._left_out = 0
+        self._own: list[int] = []  # steps that this training has measured
         self._begun_again = False  # steps that are counted anew are those of no training
 
     def __enter__(self) -> Self:
@@ -379,7 +381,8 @@ class Watch:
         if iteration in self._done and hashes.get(place) == sha256:
             return False
         kept = tuple(step for step in self._done if step < iteration)
-        self._begun_again |= bool(self._measured and not kept)
+        first = self._own[0 if self._own[0] else 1 :][:1] if self._own else []
+        self._begun_again |= bool(self._own) and (not kept or iteration in first)
         if self._begun_again:
             raise StoreError(
                 f"the steps have begun again, at {iteration:,} after {self._done[-1]:,}: count them"
@@ -410,6 +413,7 @@ class Watch:
         store.set_attrs(**attrs)
         self._publish(store, study)
         self._done = (*kept, iteration)
+        self._own.append(iteration)
         return True
 
     def _go_back(self, kept: tuple[int, ...], iteration: int) -> None:
@@ -528,7 +532,10 @@ def _whole_number(step: Any) -> int:
 
 def _rate(learning_rate: Any) -> float:
     """Return a learning rate of whatever kind as it is written: 0.001 of float32, and not more."""
-    value = learning_rate.numpy() if isinstance(learning_rate, torch.Tensor) else learning_rate
+    value = learning_rate
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = (value.float() if value.dtype.itemsize < 4 else value).numpy()
     try:
         return float(str(value))
     except ValueError as error:
