@@ -30,6 +30,7 @@ from distributed_stiffness.engine.whole_matrix import (
     ClassMeans,
     ClassSums,
     is_checked_whole,
+    norm_error,
 )
 from distributed_stiffness.errors import GradientError
 from distributed_stiffness.factories import import_loss
@@ -266,15 +267,17 @@ class Replica:
         if 8 * gradients.n_parameters * len(sample.examples) > BLOCK_SHARE * self.plan.memory:
             self._held.clear()  # their room: rows of other checkpoints may be made again
         memory = self.plan.sample_memory
-        true = gradients.in_float64.plain.cosines(*examples, memory=memory).numpy()
-        found = bound_of(sample.cosines, true, symmetric=True)
+        true = gradients.in_float64.plain.products(examples, None, memory=memory)
+        found = bound_of(sample.cosines, true.cosines()[0].numpy(), symmetric=True)
         if not self.plan.allow_error:
             n_sample = len(sample.examples)
             refuse_bound(found, gradients, (sample.examples, examples), n_sample=n_sample)
         sums = self._class_sums(checkpoint, gradients.n_parameters)
         bound, undecided = self._undecided(checkpoint, found.bound, sums)
         if sums is not None:
-            self._work.class_means = self._compared(sums, checkpoint, bound)
+            self._work.class_means = self._compared(
+                sums, checkpoint, bound, (sample.examples, true.row_norms.numpy())
+            )
         if self.study.training.imported:
             self.store.write_values(checkpoint, **self._curves(checkpoint))
         # `undecided` last: the store counts a checkpoint as checked when it is there.
@@ -324,8 +327,20 @@ class Replica:
         labels = np.array(self.data.examples.labels)
         return ClassSums(labels, classes_of_whole_matrix(self.plan, labels, n_parameters))
 
-    def _compared(self, sums: ClassSums, checkpoint: Checkpoint, bound: float) -> ClassMeans:
+    def _compared(
+        self,
+        sums: ClassSums,
+        checkpoint: Checkpoint,
+        bound: float,
+        true_norms: tuple[np.ndarray, np.ndarray],
+    ) -> ClassMeans:
         """Compare means over all pairs of a checkpoint's classes with those that need no pairs.
+
+        Args:
+            sums: of the stored pairs.
+            checkpoint: whose they are.
+            bound: on the error of a cosine.
+            true_norms: examples, and their norms in float64.
 
         Raises:
             GradientError: they differ by more than the error bound explains.
@@ -340,7 +355,9 @@ class Replica:
                 norms = torch.from_numpy(norm[part])
                 total += reference.unit_sum(*self._examples(part), norms).cpu()
         products = (totals @ totals.T).numpy()
-        return sums.compare(products, is_zero=norm == 0, bound=bound)
+        examples, true = true_norms
+        error = norm_error(norm[examples], true)
+        return sums.compare(products, is_zero=norm == 0, bound=bound, norm_error=error)
 
     def _curves(self, checkpoint: Checkpoint) -> dict[str, float]:
         """Return mean loss and accuracy of the examples, by split: no training measured them."""

@@ -17,8 +17,10 @@ from distributed_stiffness.errors import GradientError
 from distributed_stiffness.study import Study
 from distributed_stiffness.tiling import Checkpoint, all_checkpoints
 
-# What float32 norms and sums may add to the error of single cosines.
-ROUNDING = 1e-6
+# What float32 norms and sums may add to the error of single cosines; and how much more than the
+# norms of a sample those of others may be off.
+ROUNDING, _MARGIN = 1e-6, 2.0
+_TINY = 1e-290  # below, norms lose digits
 SHARE = 4
 FEW_EXAMPLES = 1000
 
@@ -32,9 +34,21 @@ def is_checked_whole(study: Study, checkpoint: Checkpoint) -> bool:
     return checkpoint == list(all_checkpoints(*study.shape))[-1]
 
 
-def allowed_difference(bound: float) -> float:
-    """Return how far two means may lie from each other under a bound on single cosines."""
-    return 2 * bound + ROUNDING
+def allowed_difference(bound: float, norm_error: float = 0.0) -> float:
+    """Return how far two means may lie from each other.
+
+    Args:
+        bound: on the error of single cosines.
+        norm_error: of the norms that unit gradients are made with, relative: of large logits, whose
+            last digits the size of a gradient is exponential in, it can be more than a cosine's.
+    """
+    return 2 * bound + ROUNDING + 2 * _MARGIN * norm_error
+
+
+def norm_error(norms: np.ndarray, true: np.ndarray) -> float:
+    """Return the largest relative error of some norms, of those that are no smaller than 1e-290."""
+    there = true > _TINY
+    return float(np.abs(norms[there] / true[there] - 1).max(initial=0.0))
 
 
 def classes_to_check(
@@ -64,6 +78,7 @@ class ClassMeans:
     classes: int
     examples: int  # of these classes
     largest_difference: float  # of two means
+    norm_error: float = 0.0  # of the norms that unit gradients are made with, relative
 
 
 @dataclass
@@ -116,20 +131,28 @@ class ClassSums:
         np.divide(totals, pairs, out=means, where=pairs > 0)
         return means
 
-    def compare(self, products: np.ndarray, *, is_zero: np.ndarray, bound: float) -> ClassMeans:
+    def compare(
+        self,
+        products: np.ndarray,
+        *,
+        is_zero: np.ndarray,
+        bound: float,
+        norm_error: float = 0.0,
+    ) -> ClassMeans:
         """Compare with means that need no pairs.
 
         Args:
             products: U_a·U_b of sums of unit gradients, (C, C).
             is_zero: examples without a gradient, (N,).
             bound: on the error of one cosine.
+            norm_error: as in `allowed_difference`.
 
         Raises:
-            GradientError: they differ by more than twice the bound.
+            GradientError: they differ by more than that allows.
         """
         difference = np.abs(self.means(is_zero) - self.means(is_zero, products))
         largest = float(np.nanmax(difference, initial=0.0))
-        if largest > allowed_difference(bound):
+        if largest > allowed_difference(bound, norm_error):
             a, b = np.unravel_index(np.nanargmax(difference), difference.shape)
             raise GradientError(
                 f"the whole-matrix check failed: the mean cosine of classes {self.classes[a]} and"
@@ -137,4 +160,5 @@ class ClassSums:
                 f" their gradients give, and the error bound is {bound:.2g}. Run `stiffness verify"
                 " --repair` to find and mend what is wrong"
             )
-        return ClassMeans(len(self.classes), int((self._member_NC.sum(1) > 0).sum()), largest)
+        n = int((self._member_NC.sum(1) > 0).sum())
+        return ClassMeans(len(self.classes), n, largest, norm_error)

@@ -189,13 +189,15 @@ def wrong_whole_matrix_check(
     try:
         at = {name: said[name] for name in place}
         difference, classes = float(said["largest_difference"]), int(said["classes"])
+        norm_error = float(said.get("norm_error", 0.0))
     except (KeyError, TypeError, ValueError):
         return "inconsistent", f"is {said!r:.80}: expected a checkpoint and what was compared there"
     if at != place:
         return "inconsistent", f"is of {at}: expected the last checkpoint, {place}"
     if not 1 <= classes <= n_classes:
         return "inconsistent", f"compares {classes} classes of {n_classes}"
-    if not 0 <= difference <= (math.inf if np.isnan(bound) else allowed_difference(bound)):
+    allowed = math.inf if np.isnan(bound) else allowed_difference(bound, norm_error)
+    if not 0 <= norm_error <= 1 or not 0 <= difference <= allowed:
         return "inconsistent", (
             f"two means differ by {difference:.2g}, which the error bound, {bound:.2g}, does not"
             " allow"
