@@ -2,8 +2,8 @@
 
 Of some examples of the batch, drawn at random, the unit gradients are added up with random signs.
 Plain autograd gives the same sum in one backward pass, parameter by parameter: it is the gradient
-of Σ ±loss_i / |g_i|. Two of those examples are run alone, two together, the others in two halves,
-drawn at random: rows that depend on the company which they were made in are found too, as are rows
+of Σ ±loss_i / |g_i|. One of those examples is run alone, the others in two halves, drawn at
+random: rows that depend on the company which they were made in are found too, as are rows
 of other examples, and parameters whose use was not seen. (A directional derivative by forward mode
 would cost as much, lacks kernels, and names no parameter: docs/design/0009-checks.md.)
 
@@ -49,9 +49,9 @@ class Drawn:
     signs: Tensor  # (K,) float64
 
     def companies(self) -> list[Drawn]:
-        """Return two examples, each alone; two together; and two halves of the others."""
+        """Return one example alone, and two halves of the others; of few, one half."""
         n = len(self.signs)
-        parts = self._cut(1, min(2, n), min(4, n), (n + min(4, n)) // 2)
+        parts = self._cut(1, (n + 1) // 2 if n > 8 else n)
         return [part for part in parts if len(part.signs)]
 
     def halves(self) -> list[Drawn]:

@@ -77,11 +77,11 @@ def _with_checks(plan: Plan, work: Work, n_parameters: int) -> Plan:
     making = plan.gradients_per_example * work.making
     total = max(1.0, making + plan.n_examples / 2 * work.pair)  # of an example
     # A pass of its own, and the gradients of the parameters, once: a batch that is made again is
-    # not checked again. A pass is as dear as if it had one example more, and there are five.
+    # not checked again. A pass is as dear as if it had one example more, and there are three.
     each = 1.5 * max(1, work.passes)
     affordable = max(CHECKS_SHARE * total, _ALWAYS / plan.n_examples) / each
-    checked = min(plan.batch, max(1, int(affordable * plan.batch) - 5))
-    checking = (checked + min(5, checked)) / plan.batch * each
+    checked = min(plan.batch, max(1, int(affordable * plan.batch) - 3))
+    checking = (checked + min(3, checked)) / plan.batch * each
     return replace(
         plan,
         checked_share=checked / plan.batch,
