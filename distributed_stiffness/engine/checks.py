@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distributed_stiffness.engine.whole_matrix import classes_to_check
-from distributed_stiffness.gradients.reference import held_and_streamed
+from distributed_stiffness.gradients.reference import gradients_made, held_and_streamed
 from distributed_stiffness.plan import BLOCK_SHARE, Plan
 
 # Of a study's work, for the check of a whole matrix; and multiply-adds that take a second or two.
@@ -31,8 +31,8 @@ def sample_work(plan: Plan, n_parameters: int) -> SampleWork:
     """Return what `Reference.cosines` makes of a sample: each block meets itself and all after."""
     n = min(plan.sample, plan.n_examples)
     held, _ = held_and_streamed(n, n_parameters, memory=plan.sample_memory)
-    met = range(n, 0, -held)
-    return SampleWork(gradients=sum(met), pairs=sum(min(held, left) * left for left in met))
+    pairs = sum(min(held, left) * left for left in range(n, 0, -held))
+    return SampleWork(gradients=gradients_made(n, held), pairs=pairs)
 
 
 def remade_gradients(plan: Plan) -> int:

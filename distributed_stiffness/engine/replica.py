@@ -19,10 +19,7 @@ from torch import Tensor, nn
 
 from distributed_stiffness.checkpoints import Checkpoints
 from distributed_stiffness.data.selection import StudyData
-from distributed_stiffness.engine.checks import (
-    classes_of_whole_matrix,
-    n_undecided,
-)
+from distributed_stiffness.engine.checks import classes_of_whole_matrix, n_undecided
 from distributed_stiffness.engine.prediction import Speed
 from distributed_stiffness.engine.speed import measure, measure_checks
 from distributed_stiffness.engine.sums import Folding, pair_reader, rounded_up

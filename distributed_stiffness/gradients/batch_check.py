@@ -49,7 +49,7 @@ class Drawn:
     signs: Tensor  # (K,) float64
 
     def companies(self) -> list[Drawn]:
-        """Return one example alone, and two halves of the others; of few, one half."""
+        """Return one example alone, and two halves of the others; of few, these together."""
         n = len(self.signs)
         parts = self._cut(1, (n + 1) // 2 if n > 8 else n)
         return [part for part in parts if len(part.signs)]

@@ -381,8 +381,8 @@ class Watch:
         if iteration in self._done and hashes.get(place) == sha256:
             return False
         kept = tuple(step for step in self._done if step < iteration)
-        first = self._own[0 if self._own[0] else 1 :][:1] if self._own else []
-        self._begun_again |= bool(self._own) and (not kept or iteration in first)
+        first = next((step for step in self._own if step), None)  # 0 is before all epochs
+        self._begun_again |= bool(self._own) and (not kept or iteration == first)
         if self._begun_again:
             raise StoreError(
                 f"the steps have begun again, at {iteration:,} after {self._done[-1]:,}: count them"
