@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -89,6 +90,43 @@ class Network:
         with NoLessThan(self.dtype, self.held, no_more=self._has_several):
             yield self.module
 
+    def differentiate(
+        self,
+        outputs: Sequence[Tensor],
+        inputs: Iterable[Tensor | GradientEdge],
+        directions: Sequence[Tensor] | None = None,
+        *,
+        again: bool = False,
+    ) -> list[Tensor | None]:
+        """Return the gradients of what a call has made; None where it does not depend on an input.
+
+        What checkpointed activations make again here is made as the call has made it: calls of
+        torch by edges, unlike those by tensors, leave a mode on.
+
+        Args:
+            outputs: at least one, which requires a gradient.
+            inputs: tensors that the call has used, or edges of its graph.
+            directions: like the outputs; None: they are single numbers.
+            again: whether there will be another such pass.
+
+        Raises:
+            GradientError: the backward pass does not run.
+        """
+        edges = [get_gradient_edge(t) if isinstance(t, Tensor) else t for t in inputs]
+        ends = [get_gradient_edge(t) for t in outputs]
+        try:
+            with NoLessThan(self.dtype, self.held, no_more=self._has_several):
+                found = torch.autograd.grad(
+                    ends, edges, directions, allow_unused=True, retain_graph=again
+                )
+        except RuntimeError as error:  # of torch, or of the user's own code
+            if isinstance(error, StiffnessError) or is_out_of_memory(error):
+                raise
+            raise GradientError(
+                f"the network's backward pass does not run: {type(error).__name__}: {error}"
+            ) from error
+        return list(found)
+
     def _put_back(self) -> None:
         for attribute in self._state:
             attribute.put_back()
@@ -141,7 +179,7 @@ class Network:
                 found = [t for t in tensors(outputs) if t.is_floating_point()]
                 parameters = [p for p in module.parameters() if p.requires_grad]
                 total = torch.stack([t.sin().sum() for t in found if t.requires_grad]).sum()
-                gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+                gradients = self.differentiate([total], parameters)
         except Exception:  # whatever a network's own code raises
             return None
         return [*(t.detach().clone() for t in found), *gradients]
@@ -165,23 +203,6 @@ def saying(inputs: Nest) -> Iterator[None]:
         raise ModelError(
             f"the network does not run on these examples: {type(error).__name__}: {error}; they"
             f" were {kinds}"
-        ) from error
-
-
-@contextlib.contextmanager
-def saying_backward() -> Iterator[None]:
-    """Say in a sentence that a backward pass, made in here, does not run.
-
-    Raises:
-        GradientError: it does not.
-    """
-    try:
-        yield
-    except RuntimeError as error:  # of torch, or of the user's own code
-        if isinstance(error, StiffnessError) or is_out_of_memory(error):
-            raise
-        raise GradientError(
-            f"the network's backward pass does not run: {type(error).__name__}: {error}"
         ) from error
 
 

@@ -120,7 +120,7 @@ class Passes:
         else:
             require_examples_first(outputs, n)
             head = loss_head(self._loss, outputs, targets, self._network.held)
-        return Pass(inputs, targets, n, capture, head, head.chosen(outputs))
+        return Pass(self._network, inputs, targets, n, capture, head, head.chosen(outputs))
 
     def forward(self, inputs: Nest, targets: Nest) -> None:
         """Make a forward pass, of the calls that `run` makes."""
@@ -325,8 +325,8 @@ class Passes:
             ]
             if not starts:
                 return [torch.zeros_like(p) for p in parameters]
-            grads = torch.autograd.grad(
-                [o for o, _ in starts], parameters, [d for _, d in starts], allow_unused=True
+            grads = self._network.differentiate(
+                [o for o, _ in starts], parameters, [d for _, d in starts]
             )
         return [
             torch.zeros_like(p) if g is None else g.to_dense()

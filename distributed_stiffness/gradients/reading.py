@@ -17,13 +17,14 @@ from distributed_stiffness.gradients.batches import Nest
 from distributed_stiffness.gradients.capture import Capture, hidden_uses
 from distributed_stiffness.gradients.layout import Layout, find_owners, multiples
 from distributed_stiffness.gradients.loss_head import LossHead
-from distributed_stiffness.gradients.network import saying_backward
+from distributed_stiffness.gradients.network import Network
 
 
 @dataclass(frozen=True)
 class Pass:
     """One forward pass over some examples, and the loss at its end."""
 
+    network: Network
     inputs: Nest
     targets: Nest
     n: int
@@ -55,14 +56,12 @@ class Pass:
         ]
         if not chosen or not starts:
             return [None] * len(chosen)
-        with saying_backward():
-            found = torch.autograd.grad(
-                [o for o, _ in starts],
-                [use.edge for use in chosen],
-                grad_outputs=[d for _, d in starts],
-                allow_unused=True,
-                retain_graph=again,
-            )
+        found = self.network.differentiate(
+            [o for o, _ in starts],
+            [use.edge for use in chosen],
+            [d for _, d in starts],
+            again=again,
+        )
         return [
             None if grad is None else grad.detach().reshape(use.output_shape)
             for use, grad in zip(chosen, found, strict=True)

@@ -25,7 +25,7 @@ from distributed_stiffness.gradients.batches import (
     take,
 )
 from distributed_stiffness.gradients.loss_head import Loss, WholeLoss, double_loss, logits_of
-from distributed_stiffness.gradients.network import Network, saying, saying_backward
+from distributed_stiffness.gradients.network import Network, saying
 from distributed_stiffness.gradients.surroundings import NoLessThan
 from distributed_stiffness.tiling import pieces
 
@@ -114,11 +114,11 @@ class Reference:
         seen(losses.detach())
         if weigh is not None:
             losses = losses.double() * weigh(losses.detach().double())
-        with saying_backward(), torch.enable_grad(), NoLessThan(self.network.dtype):
+        with torch.enable_grad():
             value = losses.sum()
             if not value.requires_grad:
                 return {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-            grads = torch.autograd.grad(value, list(self.parameters.values()), allow_unused=True)
+            grads = self.network.differentiate([value], self.parameters.values())
         return {
             name: torch.zeros_like(p) if g is None else g.to_dense()
             for (name, p), g in zip(self.parameters.items(), grads, strict=True)

@@ -24,6 +24,7 @@ from field_truth import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from distributed_stiffness import (
     WholeLoss,
@@ -148,6 +149,20 @@ class Autocast(Layers):
         return self.l(self.cast(h, Tensor.float).tanh())
 
 
+class MadeAgain(Layers):
+    """A cast and a normalisation whose activations are made again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            return self.b(self.cast(self.n(self.a(x)), Tensor.float).tanh())
+
+        return self.l(checkpoint(run, x, use_reentrant=False))
+
+
 class NoAutocast(Layers):
     """A part that switches autocast off, in float32."""
 
@@ -201,6 +216,7 @@ class TestNetworksThatCast:
             MadeInside,
             NormInFloat,
             ExactInHalf,
+            MadeAgain,
             NoAutocast,
         ],
     )
@@ -212,7 +228,7 @@ class TestNetworksThatCast:
             assert_cosines(got, true_cosines(exactly(net), x, LABELS))
 
     @either_way
-    @pytest.mark.parametrize("network", [Float, MadeInside, NormInFloat])
+    @pytest.mark.parametrize("network", [Float, MadeInside, MadeAgain, NormInFloat])
     def test_in_float64(self, network, check):
         """Asked for in float64, the network's own casts are all that is lost."""
         net, x = network().eval(), eighths()
