@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
@@ -45,6 +45,15 @@ NOT_GIVEN = 0.0  # the learning rate of a checkpoint of which nobody said it; no
 def rate_in_words(learning_rate: float) -> str:
     """Write a learning rate for people."""
     return "not given" if learning_rate == NOT_GIVEN else f"{learning_rate:g}"
+
+
+def is_given(values: Sequence[float], *, trained_here: bool) -> bool:
+    """Whether learning rates, seeds or steps were given, and so are said.
+
+    Of networks that were trained elsewhere one that is 0, and the only one, was not: it says
+    nothing, and tells nothing apart.
+    """
+    return trained_here or len(values) > 1 or values[0] != 0
 
 
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_rate)]
@@ -217,6 +226,26 @@ class Study(Frozen):
         if self.training.iterations is None:
             raise StudyError("iterations are not known yet: use study.resolved(n_train)")
         return self.training.iterations
+
+    def given(self) -> dict[str, list[str]]:
+        """Return learning rates, seeds and iterations in words, those that were given."""
+        training = self.training
+        values: dict[str, tuple[Sequence[float], Callable[[Any], str]]] = {
+            "learning rate": (training.learning_rates, rate_in_words),
+            "seed": (training.seeds, str),
+            "iteration": (self.iterations, str),
+        }
+        return {
+            name: list(map(words, of))
+            for name, (of, words) in values.items()
+            if is_given(of, trained_here=not training.imported)
+        }
+
+    def checkpoint(self, learning_rate: int, seed: int, iteration: int) -> str:
+        """Name a checkpoint by its place in the arrays; what was not given is not said."""
+        at = {"learning rate": learning_rate, "seed": seed, "iteration": iteration}
+        parts = [f"{name} {words[at[name]]}" for name, words in self.given().items()]
+        return ", ".join(parts) or "the checkpoint"
 
     @property
     def shape(self) -> tuple[int, int, int]:

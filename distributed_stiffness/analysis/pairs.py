@@ -323,9 +323,14 @@ def checkpoint_dims(ds: xr.Dataset) -> set[Hashable]:
             *SUMS_DIMS[CLASS_SUMS],
         }
     if "cosine" not in ds or not {"example", "other"} <= set(ds["cosine"].dims):
+        found = (
+            f"one of ({', '.join(map(str, ds['cosine'].dims))})"
+            if "cosine" in ds
+            else f"{list(map(str, ds.data_vars))}"
+        )
         raise DataError(
-            f"expected a variable cosine (…, example, other), found {list(map(str, ds.data_vars))}:"
-            " open a store of this program with xarray.open_zarr"
+            f"expected a variable cosine (…, example, other), found {found}: open a store of this"
+            " program with xarray.open_zarr, and keep both dimensions"
         )
     return set(ds["cosine"].dims) - {"example", "other"}
 

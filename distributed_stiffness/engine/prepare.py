@@ -39,7 +39,7 @@ from distributed_stiffness.store import (
     stored_plan,
     stored_tile,
 )
-from distributed_stiffness.study import Study, rate_in_words
+from distributed_stiffness.study import Study
 from distributed_stiffness.tiling import default_tile_of_sums
 from distributed_stiffness.training import build_model
 
@@ -239,17 +239,9 @@ def prepare(study: Study, run: Run, progress: Progress) -> Prepared:
 
 def _described(study: Study, data: StudyData) -> str:
     """One line: what is run."""
-    training, trained_here = study.training, not study.training.imported
     parts = [f"{data.n_examples:,} examples of {data.labelled.name}", study.model.name]
-    for name, values, words in (
-        ("learning rate", training.learning_rates, rate_in_words),
-        ("seed", training.seeds, str),
-        ("iteration", study.iterations, str),
-    ):
-        # Of imported checkpoints a single 0 was not given.
-        if trained_here or values != (0,):
-            said = ", ".join(map(words, values))
-            parts.append(f"{name}{'s' if len(values) > 1 else ''} {said}")
+    for name, words in study.given().items():
+        parts.append(f"{name}{'s' if len(words) > 1 else ''} {', '.join(words)}")
     return f"study: {', '.join(parts)}"
 
 

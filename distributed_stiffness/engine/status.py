@@ -6,10 +6,9 @@ Reads only: a run that is at work is not disturbed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
-from distributed_stiffness.checkpoints import TrainingRun
 from distributed_stiffness.engine.lease import is_alive, read_lease
 from distributed_stiffness.paths import Location, located
 from distributed_stiffness.plan import Plan
@@ -24,6 +23,7 @@ _LISTED = 12  # checkpoints that are listed one by one
 class CheckpointStatus:
     """How far the matrix of one checkpoint is."""
 
+    name: str
     learning_rate: float
     seed: int
     iteration: int
@@ -37,11 +37,10 @@ class CheckpointStatus:
         return self.checked and self.tiles == self.of
 
     def __str__(self) -> str:
-        name = f"{TrainingRun(self.learning_rate, self.seed)}, iteration {self.iteration}"
         if self.complete:
-            return f"{name}: complete"
+            return f"{self.name}: complete"
         rest = "" if self.tiles < self.of else ", error bound missing"
-        return f"{name}: {self.tiles}/{self.of} tiles{rest}"
+        return f"{self.name}: {self.tiles}/{self.of} tiles{rest}"
 
 
 @dataclass(frozen=True)
@@ -110,11 +109,12 @@ def status(url: Location) -> Status:
     tiles = Plan.from_json(attrs["plan"]).tiling.n_chunks ** 2
     checkpoints = []
     for checkpoint in all_checkpoints(*study.shape):
+        name = study.checkpoint(*astuple(checkpoint))
         run, iteration = training_run(study, checkpoint)
         there = len(contents.tiles.get(checkpoint, ()))
         checked = checkpoint in contents.checked
         checkpoints.append(
-            CheckpointStatus(run.learning_rate, run.seed, iteration, there, tiles, checked)
+            CheckpointStatus(name, run.learning_rate, run.seed, iteration, there, tiles, checked)
         )
     return Status(
         store=store.url,

@@ -11,7 +11,7 @@ import xarray as xr
 
 from distributed_stiffness.analysis import over_seeds
 from distributed_stiffness.errors import DataError
-from distributed_stiffness.study import rate_in_words
+from distributed_stiffness.study import is_given, rate_in_words
 
 RUN = ("learning_rate", "seed", "iteration")
 MOST_STAGES = 6
@@ -69,9 +69,7 @@ def stages(iterations: Sequence[int] | np.ndarray) -> list[int]:
 class Names:
     """How figures and report call a study's checkpoints: what nobody gave is not said.
 
-    What was trained here knows its learning rates, seeds and steps, and has epochs. Of networks
-    that were trained elsewhere a learning rate, a seed or a step that is 0, and the only one, was
-    not given: it says nothing, and tells nothing apart.
+    What was trained here knows its learning rates, seeds and steps, and has epochs.
     """
 
     trained_here: bool
@@ -83,14 +81,12 @@ class Names:
     def of(cls, ds: xr.Dataset) -> Names:
         """Look at the checkpoints of a store or of a reduction."""
         trained_here = "epoch" in ds.variables
-        values = {dim: np.atleast_1d(ds[dim].values) for dim in RUN if dim in ds.variables}
-        given = {dim: len(of) > 1 or bool((of != 0).any()) for dim, of in values.items()}
-        return cls(
-            trained_here,
-            rate=given.get("learning_rate", False),
-            seed=given.get("seed", False) or (trained_here and "seed" in given),
-            step=given.get("iteration", False) or (trained_here and "iteration" in given),
-        )
+        given = {
+            dim: is_given(np.atleast_1d(ds[dim].values).tolist(), trained_here=trained_here)
+            for dim in RUN
+            if dim in ds.variables
+        }
+        return cls(trained_here, *(given.get(dim, False) for dim in RUN))
 
     def rate_title(self, learning_rate: float) -> str:
         """Name a learning rate; empty where none was given."""

@@ -6,6 +6,7 @@ What is kept of a tile, pairs or sums, has a look of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 from abc import ABC, abstractmethod
@@ -472,8 +473,7 @@ class Look(ABC, Generic[_Read]):
     def _words(self, checkpoint: Checkpoint | None) -> str:
         if checkpoint is None:
             return ""
-        run, iteration = training_run(self.study, checkpoint)
-        return f"{run}, iteration {iteration}"
+        return self.study.checkpoint(*dataclasses.astuple(checkpoint))
 
 
 def _agree(name: str, values: np.ndarray, right: np.ndarray) -> bool:
