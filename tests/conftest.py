@@ -17,6 +17,10 @@ import torch
 hypothesis.settings.register_profile(
     "project", derandomize=True, deadline=None, database=None, max_examples=25
 )
+# pytest --hypothesis-profile=thorough draws four times as many networks.
+hypothesis.settings.register_profile(
+    "thorough", hypothesis.settings.get_profile("project"), max_examples=100
+)
 hypothesis.settings.load_profile("project")
 # The tests' tensors are small: a second thread costs more than it brings.
 torch.set_num_threads(1)

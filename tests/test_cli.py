@@ -100,7 +100,7 @@ class TestDemo:
         """
         store = tmp_path / "demo.zarr"
 
-        ended = run("-m", "distributed_stiffness", "demo", "--store", str(store))
+        ended = run("-m", "distributed_stiffness", "demo", "--store", str(store), "--engine=serial")
 
         assert ended.returncode == 0, ended.stderr
         dataset = xr.open_zarr(str(store))

@@ -99,19 +99,16 @@ class TestNumbers:
             for iteration in added["iteration"].values:
                 H = hidden(finished, data, float(rate), int(iteration))
                 at = added.sel(learning_rate=rate, iteration=iteration).isel(seed=0)
+                angles = at[f"distance_latent_{LAYER}"].values
+                lengths = at[f"distance_latent_{LAYER}_euclidean"].values
                 for i in range(0, 60, FAR):
                     for j in range(60):
                         a, b = H[i], H[j]
                         both = np.linalg.norm(a) * np.linalg.norm(b)
                         cosine = 1 - a @ b / both if i != j else 0
+                        np.testing.assert_allclose(angles[i, j], cosine, atol=1e-6)
                         np.testing.assert_allclose(
-                            at[f"distance_latent_{LAYER}"][i, j], cosine, atol=1e-6
-                        )
-                        np.testing.assert_allclose(
-                            at[f"distance_latent_{LAYER}_euclidean"][i, j],
-                            np.linalg.norm(a - b),
-                            rtol=1e-5,
-                            atol=1e-6,
+                            lengths[i, j], np.linalg.norm(a - b), rtol=1e-5, atol=1e-6
                         )
 
     def test_symmetric(self, added: xr.Dataset):

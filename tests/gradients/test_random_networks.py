@@ -1039,10 +1039,10 @@ def cancellation(rows: Rows) -> float:
 
 
 often = settings(
-    max_examples=250,
+    max_examples=4 * settings.default.max_examples,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
 )
-seldom = settings(often, max_examples=40)
+seldom = settings(often, max_examples=settings.default.max_examples)
 
 
 @often
