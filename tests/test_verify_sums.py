@@ -36,7 +36,7 @@ PLACE = (0, 0, 1)
 
 
 def study(**changes: object) -> Study:
-    """One rate; two splits, so that tiles of 20 hold examples of both; few bins, so that they hold pairs."""
+    """One rate; two splits, so that tiles of 20 hold both; few bins, so that they hold pairs."""
     data = Data(name="digits", validation_examples=41, train_examples=19)
     training = Training(learning_rates=(1e-2,), iterations=(0, 30))
     fields = {"data": data, "training": training, "keep": "sums", "distance_bins": 5}
