@@ -35,6 +35,7 @@ from distributed_stiffness.gradients import (
     gram_matrix,
     layer_cosines,
 )
+from distributed_stiffness.gradients.budget import fit
 from distributed_stiffness.gradients.gram import Rows, cosine
 
 CLASSES = 3
@@ -1274,11 +1275,12 @@ def test_class_means_are_means_of_the_matrix(drawn, data):
 
 def smallest_memory(drawn: Drawn) -> int:
     """Return the smallest budget that is taken, by bisection."""
+    gradients = PerExampleGradients(drawn.model, drawn.loss, drawn.examples)
     too_small, enough = 1, 2**24
     while enough - too_small > 1:
         middle = (too_small + enough) // 2
         try:
-            cosine_matrix(drawn.model, drawn.loss, drawn.examples, memory=middle, check=False)
+            fit(gradients, n_examples=count(drawn.examples), memory=middle)
             enough = middle
         except StudyError:
             too_small = middle
