@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from distributed_stiffness.certainty import decides_nothing
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -27,7 +29,7 @@ def describe_bounds(bounds: Collection[Bound], n_examples: int) -> str:
     line = f"error bound of a cosine: at most {widest.error:.2g} ({widest.checkpoint})"
     most = max(bounds, key=lambda bound: bound.undecided)
     if not most.undecided:
-        return f"{line}; no sign is undecided"
+        return line if decides_nothing(widest.error) else f"{line}; no sign is undecided"
     return (
         f"{line}; undecided signs: at most {most.undecided:,} of {pairs:,} pairs,"
         f" {most.undecided / pairs:.2g} of them ({most.checkpoint})"

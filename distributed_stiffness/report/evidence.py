@@ -12,7 +12,7 @@ import xarray as xr
 from distributed_stiffness import data
 from distributed_stiffness.analysis import Summary
 from distributed_stiffness.attributes import decoded
-from distributed_stiffness.certainty import allowed_error
+from distributed_stiffness.certainty import allowed_error, decides_nothing
 from distributed_stiffness.figures.checkpoints import RUN, Names, with_run_dims
 from distributed_stiffness.report.words import bound, counted, percent
 
@@ -81,6 +81,8 @@ def _undecided(curves: xr.Dataset, names: Names) -> str:
     share = curves["undecided_share"]
     worst = share.isel(share.fillna(-1.0).argmax(...))
     if float(worst) == 0:
+        if decides_nothing(float(curves["error_bound"].max())):
+            return ""
         return f"none: no cosine lies within its error bound of 0{_unchecked(share)}."
     n = int(curves["undecided"].sel({dim: worst[dim] for dim in share.dims}))
     most, where = "", ""
