@@ -73,7 +73,7 @@ class Imports:
                     folder.put(run, place.iteration, weights, source)
                 elif state_hash(weights) != folder.load_weights(run, place.iteration).sha256:
                     raise CheckpointError(
-                        f"{path} ({place}) has other weights than when it was imported to"
+                        f"{path} has other weights than when it was imported to"
                         f" {folder.path(run, place.iteration)}: give another --store, or the file"
                         " that it was"
                     )
