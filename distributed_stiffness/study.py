@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from distributed_stiffness.errors import StudyError
+from distributed_stiffness.tiling import Checkpoint
 
 S = TypeVar("S", bound=BaseModel)
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -45,6 +46,12 @@ NOT_GIVEN = 0.0  # the learning rate of a checkpoint of which nobody said it; no
 def rate_in_words(learning_rate: float) -> str:
     """Write a learning rate for people."""
     return "not given" if learning_rate == NOT_GIVEN else f"{learning_rate:g}"
+
+
+def named_values(name: str, *values: float) -> str:
+    """Write learning rates, seeds or iterations with their name."""
+    words = map(rate_in_words if name == "learning_rate" else str, values)
+    return f"{name.replace('_', ' ')}{'s' if len(values) > 1 else ''} {', '.join(words)}"
 
 
 def is_given(values: Sequence[float], *, trained_here: bool) -> bool:
@@ -227,24 +234,23 @@ class Study(Frozen):
             raise StudyError("iterations are not known yet: use study.resolved(n_train)")
         return self.training.iterations
 
-    def given(self) -> dict[str, list[str]]:
-        """Return learning rates, seeds and iterations in words, those that were given."""
+    def given(self) -> dict[str, Sequence[float]]:
+        """Return learning rates, seeds and iterations by name, those that were given."""
         training = self.training
-        values: dict[str, tuple[Sequence[float], Callable[[Any], str]]] = {
-            "learning rate": (training.learning_rates, rate_in_words),
-            "seed": (training.seeds, str),
-            "iteration": (self.iterations, str),
+        values: dict[str, Sequence[float]] = {
+            "learning_rate": training.learning_rates,
+            "seed": training.seeds,
+            "iteration": self.iterations,
         }
-        return {
-            name: list(map(words, of))
-            for name, (of, words) in values.items()
-            if is_given(of, trained_here=not training.imported)
-        }
+        trained_here = not training.imported
+        return {name: of for name, of in values.items() if is_given(of, trained_here=trained_here)}
 
-    def checkpoint(self, learning_rate: int, seed: int, iteration: int) -> str:
-        """Name a checkpoint by its place in the arrays; what was not given is not said."""
-        at = {"learning rate": learning_rate, "seed": seed, "iteration": iteration}
-        parts = [f"{name} {words[at[name]]}" for name, words in self.given().items()]
+    def name_of(self, checkpoint: Checkpoint) -> str:
+        """Name a checkpoint; what was not given is not said."""
+        parts = [
+            named_values(name, values[getattr(checkpoint, name)])
+            for name, values in self.given().items()
+        ]
         return ", ".join(parts) or "the checkpoint"
 
     @property

@@ -79,10 +79,10 @@ def of_tile(i: int, j: int) -> set[str]:
     return keys | {f"{name}/c/{LAST}/{i}" for name in columns}
 
 
-def stale(i: int, j: int, *, of: str = "0/0/0", keys: tuple = KEYS, mirror: bool = True) -> Damage:
-    """Put a tile of another checkpoint in the place of this one's."""
+def stale(i: int, j: int, *, keys: tuple = KEYS, mirror: bool = True) -> Damage:
+    """Put a tile of the other checkpoint in the place of this one's."""
     tiles = {(i, j), (j, i)} if mirror else {(i, j)}
-    return copy(*((key(*tile, of), key(*tile)) for key in keys for tile in tiles))
+    return copy(*((key(*tile, "0/0/0"), key(*tile)) for key in keys for tile in tiles))
 
 
 def swap(one: tuple[int, int], other: tuple[int, int]) -> Damage:
@@ -132,7 +132,7 @@ FAULTS: dict[str, tuple[Damage, set[tuple[str, str]], set[str]]] = {
     "weighted sums of other weights": (stale(0, 1, keys=(weighted,)),
                                        {("out of range", squares(1, 0))}, of_tile(0, 1) | CHECK),
     "weighted sums of other weights, in the part that is drawn": (
-        stale(1, 1, of="0/0/0", keys=(weighted,)),
+        stale(1, 1, keys=(weighted,)),
         {("differs", weighted(1, 1))},
         of_tile(1, 1) | CHECK,
     ),
@@ -188,7 +188,7 @@ FAULTS: dict[str, tuple[Damage, set[tuple[str, str]], set[str]]] = {
     "a tile of other weights": (stale(0, 2), {("differs", by_class(0, 2)),
                                               ("differs", by_class(2, 0))},
                                 of_tile(0, 2) | CHECK),
-    "a diagonal tile of other weights": (stale(1, 1, of="0/0/0"), {("differs", by_class(1, 1))},
+    "a diagonal tile of other weights": (stale(1, 1), {("differs", by_class(1, 1))},
                                          of_tile(1, 1) | CHECK),
     "two tiles swapped": (
         swap((0, 1), (0, 2)),
@@ -271,7 +271,7 @@ class TestSoundStores:
         assert found.complete
         assert not found.notes
         assert found.checked["chunks"] == len(before)
-        # Of four checkpoints: nine examples over three parts, two splits and ten classes.
+        # Of two checkpoints: nine examples over three parts, two splits and ten classes.
         assert found.checked["sums computed again"] == 2 * 9 * 3 * 2 * 10
         assert files(finished) == before
 

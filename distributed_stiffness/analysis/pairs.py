@@ -326,7 +326,7 @@ def checkpoint_dims(ds: xr.Dataset) -> set[Hashable]:
         found = (
             f"one of ({', '.join(map(str, ds['cosine'].dims))})"
             if "cosine" in ds
-            else f"{list(map(str, ds.data_vars))}"
+            else str(list(map(str, ds.data_vars)))
         )
         raise DataError(
             f"expected a variable cosine (…, example, other), found {found}: open a store of this"

@@ -459,7 +459,7 @@ class Job:
         return "distances" if task.checkpoint is None else self._words(task.checkpoint)
 
     def _words(self, checkpoint: Checkpoint) -> str:
-        return self.study.checkpoint(*dataclasses.astuple(checkpoint))
+        return self.study.name_of(checkpoint)
 
     def _place(self, checkpoint: Checkpoint) -> dict[str, float]:
         run, iteration = training_run(self.study, checkpoint)

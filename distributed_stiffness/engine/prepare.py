@@ -39,7 +39,7 @@ from distributed_stiffness.store import (
     stored_plan,
     stored_tile,
 )
-from distributed_stiffness.study import Study
+from distributed_stiffness.study import Study, named_values
 from distributed_stiffness.tiling import default_tile_of_sums
 from distributed_stiffness.training import build_model
 
@@ -240,8 +240,7 @@ def prepare(study: Study, run: Run, progress: Progress) -> Prepared:
 def _described(study: Study, data: StudyData) -> str:
     """One line: what is run."""
     parts = [f"{data.n_examples:,} examples of {data.labelled.name}", study.model.name]
-    for name, words in study.given().items():
-        parts.append(f"{name}{'s' if len(words) > 1 else ''} {', '.join(words)}")
+    parts += [named_values(name, *values) for name, values in study.given().items()]
     return f"study: {', '.join(parts)}"
 
 

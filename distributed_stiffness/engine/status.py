@@ -6,7 +6,7 @@ Reads only: a run that is at work is not disturbed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from distributed_stiffness.engine.lease import is_alive, read_lease
@@ -109,7 +109,7 @@ def status(url: Location) -> Status:
     tiles = Plan.from_json(attrs["plan"]).tiling.n_chunks ** 2
     checkpoints = []
     for checkpoint in all_checkpoints(*study.shape):
-        name = study.checkpoint(*astuple(checkpoint))
+        name = study.name_of(checkpoint)
         run, iteration = training_run(study, checkpoint)
         there = len(contents.tiles.get(checkpoint, ()))
         checked = checkpoint in contents.checked

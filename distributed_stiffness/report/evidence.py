@@ -75,14 +75,20 @@ def _error_bound(curves: xr.Dataset, names: Names) -> str:
     )
 
 
+def undecided_share(curves: xr.Dataset) -> xr.DataArray | None:
+    """Return the share of pairs whose sign is open; None where nothing is known of signs."""
+    share = curves.get("undecided_share")
+    if share is None or not share.notnull().any():
+        return None
+    none_counted = float(share.max()) == 0
+    return None if none_counted and decides_nothing(float(curves["error_bound"].max())) else share
+
+
 def _undecided(curves: xr.Dataset, names: Names) -> str:
-    if "undecided_share" not in curves or not curves["undecided_share"].notnull().any():
+    if (share := undecided_share(curves)) is None:
         return ""
-    share = curves["undecided_share"]
     worst = share.isel(share.fillna(-1.0).argmax(...))
     if float(worst) == 0:
-        if decides_nothing(float(curves["error_bound"].max())):
-            return ""
         return f"none: no cosine lies within its error bound of 0{_unchecked(share)}."
     n = int(curves["undecided"].sel({dim: worst[dim] for dim in share.dims}))
     most, where = "", ""

@@ -6,10 +6,9 @@ import numpy as np
 import xarray as xr
 
 from distributed_stiffness.analysis import Summary, over_seeds
-from distributed_stiffness.certainty import decides_nothing
 from distributed_stiffness.figures.checkpoints import Names, of_seed, with_run_dims
 from distributed_stiffness.figures.style import in_one_line
-from distributed_stiffness.report.evidence import uncertain
+from distributed_stiffness.report.evidence import uncertain, undecided_share
 from distributed_stiffness.report.words import counted, joined, measured, number, percent, sentence
 
 # Sign stiffness nearer to 0 than this is called no effect: 1 pair in 20.
@@ -77,8 +76,8 @@ def limits(summary: Summary) -> list[str]:
         share = float(missing / (missing + pairs))
         lines.append(f"{percent(share)} of the pairs are not computed yet and left out.")
     curves = summary.curves
-    if "undecided_share" in curves and curves["undecided_share"].notnull().any():
-        lines += _undecided(curves, Names.of(curves))
+    if (undecided := undecided_share(curves)) is not None:
+        lines.append(_undecided(undecided, Names.of(curves)))
     if "zero_gradients" in curves and (worst := int(curves["zero_gradients"].max())):
         lines.append(
             f"Up to {counted(worst, 'example has', 'examples have')} a gradient of zero: sign 0"
@@ -240,19 +239,16 @@ def interval_text(at: xr.Dataset, measure: str) -> str:
     return f"{low} to {high}"
 
 
-def _undecided(curves: xr.Dataset, names: Names) -> list[str]:
-    share = curves["undecided_share"]
+def _undecided(share: xr.DataArray, names: Names) -> str:
     worst = float(share.max())
     unchecked = int(share.isnull().sum())
     if worst == 0:
-        if decides_nothing(float(curves["error_bound"].max())):
-            return []
         were = "was" if unchecked == 1 else "were"
         checked = f", at the checkpoints that were checked ({unchecked:,} {were} not)"
-        return [
+        return (
             "No cosine lies within its error bound of 0, so every sign is certain"
             f"{checked if unchecked else ''}."
-        ]
+        )
     at = share.isel(share.fillna(-1.0).argmax(...))
     share_text, most = percent(worst), ""
     if share.size > 1:
@@ -260,8 +256,8 @@ def _undecided(curves: xr.Dataset, names: Names) -> list[str]:
         most = names.place(
             {dim: at[dim] for dim in ("iteration", "learning_rate") if dim in at.coords}
         )
-    open_ = f"is open{f' (most at {most})' if most else ''}."
-    said = (
+    return sentence(
+        "",
         f"{share_text} of all pairs have a cosine within its error bound of 0, so that their sign"
+        f" is open{f' (most at {most})' if most else ''}.",
     )
-    return [sentence("", f"{said} {open_}")]

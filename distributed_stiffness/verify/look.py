@@ -6,7 +6,6 @@ What is kept of a tile, pairs or sums, has a look of its own.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 from abc import ABC, abstractmethod
@@ -471,9 +470,7 @@ class Look(ABC, Generic[_Read]):
         self._holes.clear()
 
     def _words(self, checkpoint: Checkpoint | None) -> str:
-        if checkpoint is None:
-            return ""
-        return self.study.checkpoint(*dataclasses.astuple(checkpoint))
+        return "" if checkpoint is None else self.study.name_of(checkpoint)
 
 
 def _agree(name: str, values: np.ndarray, right: np.ndarray) -> bool:
