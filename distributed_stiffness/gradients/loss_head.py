@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from distributed_stiffness.errors import GradientError, ModelError, StiffnessError
 from distributed_stiffness.gradients.batches import Nest
+from distributed_stiffness.gradients.network import saying_backward
 from distributed_stiffness.gradients.precision import Precision
 from distributed_stiffness.gradients.surroundings import NoLessThan, is_out_of_memory
 
@@ -288,7 +289,7 @@ def _any_loss(z: Mapping[int, Tensor], losses: Tensor, targets: Nest) -> LossHea
             " a differentiable function of (outputs, targets)"
         )
     leaves = list(z.values())
-    with torch.enable_grad():
+    with saying_backward("loss"), torch.enable_grad():
         delta = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, retain_graph=True)
     used = {i: d for i, d in zip(z, delta, strict=True) if d is not None}
     for i, d in used.items():
@@ -325,7 +326,7 @@ def _require_own_losses(
     if not all(torch.isfinite(t).all() for t in (losses.detach(), *delta.values())):
         return  # which is said elsewhere
     times = torch.arange(1, n + 1, dtype=losses.dtype, device=losses.device) / n
-    with torch.enable_grad():
+    with saying_backward("loss"), torch.enable_grad():
         found = torch.autograd.grad(losses, list(z.values()), times, allow_unused=True)
     for (i, d), scaled in zip(delta.items(), found, strict=True):
         expected = d * _beside(times, d)

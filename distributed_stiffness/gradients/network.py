@@ -114,17 +114,11 @@ class Network:
         """
         edges = [get_gradient_edge(t) if isinstance(t, Tensor) else t for t in inputs]
         ends = [get_gradient_edge(t) for t in outputs]
-        try:
-            with NoLessThan(self.dtype, self.held, no_more=self._has_several):
-                found = torch.autograd.grad(
-                    ends, edges, directions, allow_unused=True, retain_graph=again
-                )
-        except RuntimeError as error:  # of torch, or of the user's own code
-            if isinstance(error, StiffnessError) or is_out_of_memory(error):
-                raise
-            raise GradientError(
-                f"the network's backward pass does not run: {type(error).__name__}: {error}"
-            ) from error
+        mode = NoLessThan(self.dtype, self.held, no_more=self._has_several)
+        with saying_backward("network"), mode:
+            found = torch.autograd.grad(
+                ends, edges, directions, allow_unused=True, retain_graph=again
+            )
         return list(found)
 
     def _put_back(self) -> None:
@@ -203,6 +197,23 @@ def saying(inputs: Nest) -> Iterator[None]:
         raise ModelError(
             f"the network does not run on these examples: {type(error).__name__}: {error}; they"
             f" were {kinds}"
+        ) from error
+
+
+@contextlib.contextmanager
+def saying_backward(of: str) -> Iterator[None]:
+    """Say in a sentence that a backward pass of a network or a loss, made in here, does not run.
+
+    Raises:
+        GradientError: it does not.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # of torch, or of the user's own code
+        if isinstance(error, StiffnessError) or is_out_of_memory(error):
+            raise
+        raise GradientError(
+            f"the {of}'s backward pass does not run: {type(error).__name__}: {error}"
         ) from error
 
 

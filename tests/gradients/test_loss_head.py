@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from distributed_stiffness.errors import GradientError, ModelError
 from distributed_stiffness.gradients import cosine_matrix, gradient_norms, gram_matrix
@@ -281,3 +282,16 @@ class TestOverfittedNetwork:
         assert found.attrs["error_bound"] <= 2e-6
         assert (norms.values > 0).all()
         assert np.isfinite(gram_matrix(model, "cross_entropy", (x, y)).values).all()
+
+
+def test_a_loss_that_cannot_be_differentiated_is_refused_in_a_sentence():
+    """Here activations that are made again, with a cast, come out in another precision."""
+
+    def loss(outputs, targets):
+        def run(z):
+            return F.cross_entropy(z.float(), targets, reduction="none")
+
+        return checkpoint(run, outputs, use_reentrant=False)
+
+    with pytest.raises(GradientError, match="the loss's backward pass does not run: Checkpoint"):
+        cosine_matrix(nn.Linear(4, 3), loss, (torch.randn(9, 4), torch.arange(9) % 3))
